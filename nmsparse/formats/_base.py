@@ -1,0 +1,364 @@
+"""SparseArray: what every sparse weight format promises, and all that follows from it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import NMSparseError, UnsupportedDeviceError
+from . import selection
+from .pattern import Pattern
+
+DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+BUFFERS = ("values", "meta", "indices")
+
+
+class SparseArray:
+    """A weight ``(M, K)``, or one per expert ``(E, M, K)``, sparse along K in an N:M pattern.
+
+    The canonical buffers are ``values`` (the kept elements), ``meta`` (their positions) and, for two-level formats,
+    ``indices``. They are C-contiguous, documented, and the only thing that is ever saved. A format defines four things
+    and inherits the rest:
+
+    - ``_layout(pattern, M, K)``: shape and dtype of the buffers of one matrix, and the padded size they can address;
+    - ``_select(scores, pattern)``: ``meta`` and ``indices`` of what the pattern keeps;
+    - ``_coordinates()``: dense row and column of each stored value;
+    - ``_disorder()``: what is wrong with the order inside ``meta`` and ``indices``, if anything.
+
+    Elements that are not stored are exactly +0 and take no part in a product, so a NaN in ``x`` reaches only the
+    outputs whose stored columns (explicit zeros included) meet it. −0.0, NaN and inf are stored bit for bit.
+    """
+
+    format: ClassVar[str]
+    __array_ufunc__ = None  # so that ndarray @ A reaches __rmatmul__
+
+    values: np.ndarray
+    meta: np.ndarray
+    indices: np.ndarray | None
+
+    # --- what a format defines -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _layout(cls, pattern: Pattern, rows: int, cols: int) -> tuple[dict[str, tuple[tuple[int, ...], Any]], int, int]:
+        """``({buffer: (shape, dtype; None for the array's own)}, padded rows, padded columns)`` of one matrix."""
+        raise NotImplementedError
+
+    @classmethod
+    def _select(cls, scores: np.ndarray, pattern: Pattern) -> dict[str, np.ndarray]:
+        """``meta`` (and ``indices``) of what ``pattern`` keeps of padded scores ``(Mp, Kp)``."""
+        raise NotImplementedError
+
+    def _coordinates(self) -> tuple[np.ndarray, np.ndarray]:
+        """Dense row and column of every stored value of a matrix, each broadcastable to ``values.shape``."""
+        raise NotImplementedError
+
+    def _disorder(self) -> str | None:
+        """What breaks the order that ``meta`` and ``indices`` promise, or None."""
+        raise NotImplementedError
+
+    # --- making one ------------------------------------------------------------------------------------------------
+
+    def __init__(self, pattern: Pattern, shape: tuple[int, ...], buffers: dict[str, np.ndarray]):
+        self.pattern = pattern
+        self.shape = tuple(int(size) for size in shape)
+        self.values, self.meta, self.indices = (buffers.get(name) for name in BUFFERS)
+
+    @classmethod
+    def _from_dense(
+        cls,
+        w: np.ndarray,
+        pattern: Pattern,
+        scores: np.ndarray | None = None,
+        mask: np.ndarray | None = None,
+        strict: bool = False,
+    ) -> SparseArray:
+        w = as_weight(w, cls.__name__ + ".from_dense")
+        scores, mask = resolve_scores(w, scores, mask, strict)
+        if w.ndim == 3:
+            matrices = [
+                cls._from_matrix(w[e], pattern, None if scores is None else scores[e]) for e in range(w.shape[0])
+            ]
+            array = stack(matrices) if matrices else cls._empty(pattern, w.shape, w.dtype)
+        else:
+            array = cls._from_matrix(w, pattern, scores)
+        return array if mask is None else array._restrict(mask, strict)
+
+    @classmethod
+    def _from_matrix(cls, w: np.ndarray, pattern: Pattern, scores: np.ndarray | None) -> SparseArray:
+        _, rows, cols = cls._layout(pattern, *w.shape)
+        padded = selection.pad(selection.importance(w, scores), rows, cols, selection.PADDING)
+        array = cls(pattern, w.shape, cls._select(padded, pattern))
+        array.values = np.ascontiguousarray(selection.pad(w, rows, cols, 0)[array._coordinates()])
+        return array
+
+    @classmethod
+    def _empty(cls, pattern: Pattern, shape: tuple[int, ...], dtype: np.dtype) -> SparseArray:
+        """An array of no experts."""
+        layout, *_ = cls._layout(pattern, *shape[-2:])
+        return cls(pattern, shape, {name: np.zeros((0, *size), kind or dtype) for name, (size, kind) in layout.items()})
+
+    def _restrict(self, mask: np.ndarray, strict: bool) -> SparseArray:
+        """Set stored elements outside ``mask`` to 0; raise if the pattern could not store one inside it."""
+        lost = np.argwhere(mask & ~self.mask())
+        if len(lost):
+            *expert, row, col = map(int, lost[0])
+            where = f"expert {expert[0]}, " if expert else ""
+            what = "strict=True: w" if strict else "mask"
+            raise NMSparseError(
+                f"{what} does not fit the pattern at {where}row {row}, column {col} (and {len(lost) - 1} more places): "
+                f"{self.pattern.rule(row, col)}; drop strict/mask to let the pattern choose, or prune w first"
+            )
+        kept = self._map_matrices(lambda matrix, e: selection.pad(mask[e], *matrix._padded(), 0)[matrix._coordinates()])
+        self.values[~kept] = 0
+        return self
+
+    @classmethod
+    def _from_buffers(cls, pattern: Pattern, buffers: dict[str, Any], shape: tuple[int, ...]) -> SparseArray:
+        shape = tuple(shape)
+        if len(shape) not in (2, 3) or not all(isinstance(size, (int, np.integer)) and size >= 0 for size in shape):
+            raise NMSparseError(f"{cls.__name__}: expected a shape (M, K) or (E, M, K), got {shape}")
+        for name, buffer in buffers.items():
+            if buffer is not None and not isinstance(buffer, np.ndarray):
+                raise NMSparseError(f"{cls.__name__}: expected {name} as a numpy array, got {type(buffer).__name__}")
+        held = {name: np.ascontiguousarray(buffer) for name, buffer in buffers.items() if buffer is not None}
+        array = cls(pattern, shape, held)
+        array.check_format(full=True)
+        return array
+
+    @classmethod
+    def _random(cls, shape: tuple[int, ...], pattern: Pattern, dtype: Any, rng: Any) -> SparseArray:
+        rng = np.random.default_rng(rng)
+        w = rng.standard_normal(shape, np.float32).astype(dtype)
+        return cls._from_dense(w, pattern, scores=rng.random(shape, np.float32))
+
+    # --- describing it ---------------------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> np.dtype:
+        """dtype of the kept values."""
+        return self.values.dtype
+
+    @property
+    def ndim(self) -> int:
+        """2 for a matrix, 3 with an expert axis."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the dense weight."""
+        return int(np.prod(self.shape))
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values: explicit zeros and those that pad the last group included."""
+        return self.values.size
+
+    @property
+    def density(self) -> float:
+        """``nnz`` over the number of elements of the dense weight."""
+        return self.nnz / self.size if self.size else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers().values())
+
+    @property
+    def device(self) -> str:
+        """Where the buffers live: ``"cpu"``."""
+        return "cpu"
+
+    @property
+    def T(self) -> Transposed:
+        """The transpose, as a view: ``x @ A.T`` multiplies token-major activations."""
+        return Transposed(self)
+
+    def buffers(self) -> dict[str, np.ndarray]:
+        """The canonical buffers by name; each one goes through DLPack or the buffer protocol without a copy."""
+        return {name: buffer for name in BUFFERS if (buffer := getattr(self, name)) is not None}
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(map(str, self.shape))
+        return (
+            f"{type(self).__name__}({self.dtype.name}[{sizes}], {self.pattern}, nnz={self.nnz}, device={self.device!r})"
+        )
+
+    # --- leaving the format ----------------------------------------------------------------------------------------
+
+    def todense(self) -> np.ndarray:
+        """The dense weight, zeros where nothing is stored."""
+        return self._scatter(self.values, self.dtype)
+
+    toarray = todense
+
+    def mask(self) -> np.ndarray:
+        """Where a value is stored (explicit zeros included), as a dense bool array."""
+        return self._scatter(np.ones(self.values.shape, bool), bool)
+
+    def _scatter(self, stored: np.ndarray, dtype: Any) -> np.ndarray:
+        def dense(matrix: SparseArray, e: Any) -> np.ndarray:
+            out = np.zeros(matrix._padded(), dtype)
+            out[matrix._coordinates()] = stored[e]
+            return out[: matrix.shape[0], : matrix.shape[1]]
+
+        return np.ascontiguousarray(self._map_matrices(dense)) if 0 not in self.shape else np.zeros(self.shape, dtype)
+
+    def _map_matrices(self, function: Any) -> np.ndarray:
+        """``function(matrix, index)`` of the matrix, or of each expert's, stacked."""
+        if self.ndim == 2:
+            return function(self, ...)
+        return np.stack([function(self[e], e) for e in range(self.shape[0])])
+
+    def _padded(self) -> tuple[int, int]:
+        _, rows, cols = self._layout(self.pattern, *self.shape[-2:])
+        return rows, cols
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray:
+        raise TypeError(f"{type(self).__name__} does not turn into a dense array by itself; call its todense()")
+
+    # --- converting and scaling ------------------------------------------------------------------------------------
+
+    def _with_values(self, values: np.ndarray) -> SparseArray:
+        return type(self)(self.pattern, self.shape, {**self.buffers(), "values": values})
+
+    def astype(self, dtype: Any) -> SparseArray:
+        """The same pattern with values in another dtype; ``meta`` and ``indices`` are shared."""
+        return self._with_values(self.values.astype(check_dtype(np.dtype(dtype), "astype")))
+
+    def copy(self) -> SparseArray:
+        """A copy that shares nothing."""
+        return type(self)(self.pattern, self.shape, {name: buffer.copy() for name, buffer in self.buffers().items()})
+
+    def to_device(self, device: str) -> SparseArray:
+        """The array on ``device``; only ``"cpu"`` exists so far."""
+        if device != "cpu":
+            raise UnsupportedDeviceError(f"device {device!r}: this version of nmsparse has kernels for 'cpu' only")
+        return self
+
+    def __getitem__(self, expert: int) -> SparseArray:
+        if self.ndim != 3 or not isinstance(expert, (int, np.integer)):
+            raise NMSparseError(f"{self!r} can only be indexed by one expert number, (E, M, K)[e]; slice its todense()")
+        if not -self.shape[0] <= expert < self.shape[0]:
+            raise IndexError(f"expert {expert} of {self.shape[0]}")
+        return type(self)(
+            self.pattern, self.shape[1:], {name: buffer[expert] for name, buffer in self.buffers().items()}
+        )
+
+    def __neg__(self) -> SparseArray:
+        return self._with_values(-self.values)
+
+    def __mul__(self, scalar: Any) -> SparseArray:
+        if np.ndim(scalar) or isinstance(scalar, SparseArray):
+            return NotImplemented
+        return self._with_values((self.values * scalar).astype(self.dtype))
+
+    __rmul__ = __mul__
+
+    # --- products: nmsparse.ops knows where they run -----------------------------------------------------------------
+
+    def __matmul__(self, other: Any) -> np.ndarray:
+        from ..ops import matmul
+
+        return matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> np.ndarray:
+        from ..ops import matmul
+
+        return matmul(other, self)
+
+    # --- checking --------------------------------------------------------------------------------------------------
+
+    def check_format(self, full: bool = False) -> None:
+        """Raise :class:`~nmsparse.errors.NMSparseError` if the buffers are not what the format promises.
+
+        Shapes and dtypes always (O(1)); with ``full=True`` also the order of every position and index (a full scan).
+        """
+        check_dtype(self.dtype, type(self).__name__)
+        layout, *_ = self._layout(self.pattern, *self.shape[-2:])
+        if set(layout) != set(self.buffers()):
+            raise NMSparseError(f"{type(self).__name__}: expected buffers {list(layout)}, got {list(self.buffers())}")
+        for name, (size, dtype) in layout.items():
+            buffer, size = getattr(self, name), self.shape[:-2] + size
+            if buffer.shape != size or dtype is not None and buffer.dtype != dtype:
+                want = np.dtype(dtype or self.dtype).name
+                raise NMSparseError(
+                    f"{type(self).__name__} {self.pattern} of shape {self.shape}: expected {name} as {want}{list(size)}, "
+                    f"got {buffer.dtype.name}{list(buffer.shape)}"
+                )
+        if full and (problem := self._disorder()):
+            raise NMSparseError(f"{type(self).__name__} {self.pattern}: {problem}; the buffers are corrupt")
+
+
+class Transposed:
+    """``A.T``: a view of a sparse array with its last two axes swapped. ``A.T.T is A``."""
+
+    __array_ufunc__ = None
+
+    def __init__(self, array: SparseArray):
+        self.T = array
+        self.shape = (*array.shape[:-2], array.shape[-1], array.shape[-2])
+        self.dtype, self.ndim = array.dtype, array.ndim
+
+    def todense(self) -> np.ndarray:
+        """The dense transpose."""
+        return np.swapaxes(self.T.todense(), -1, -2)
+
+    def __repr__(self) -> str:
+        return f"{self.T!r}.T"
+
+    __array__ = SparseArray.__array__
+    __matmul__ = SparseArray.__matmul__
+    __rmatmul__ = SparseArray.__rmatmul__
+
+
+def stack(arrays: list[SparseArray]) -> SparseArray:
+    """Matrices of one format, pattern, shape and dtype as the experts of one ``(E, M, K)`` array.
+
+    >>> from nmsparse import NMArray
+    >>> a = NMArray.from_dense(np.eye(4, dtype=np.float32))
+    >>> stack([a, -a])
+    NMArray(float32[2, 4, 4], 2:4, nnz=64, device='cpu')
+    """
+    kinds = {(type(a).__name__, str(a.pattern), a.shape, a.dtype.name) for a in arrays}
+    if len(kinds) != 1 or arrays[0].ndim != 2:
+        raise NMSparseError(f"stack: expected matrices of one format, pattern, shape and dtype, got {sorted(kinds)}")
+    first = arrays[0]
+    buffers = {name: np.stack([getattr(a, name) for a in arrays]) for name in first.buffers()}
+    return type(first)(first.pattern, (len(arrays), *first.shape), buffers)
+
+
+def check_dtype(dtype: np.dtype, who: str) -> np.dtype:
+    """``dtype`` if weights may have it."""
+    if dtype not in DTYPES:
+        names = ", ".join(d.name for d in DTYPES)
+        raise NMSparseError(f"{who}: expected weights in {names}, got {dtype}; convert with .astype(numpy.float32)")
+    return dtype
+
+
+def as_weight(w: Any, who: str) -> np.ndarray:
+    """``w`` as a NumPy weight ``(M, K)`` or ``(E, M, K)``."""
+    w = np.asarray(w)
+    check_dtype(w.dtype, who)
+    if w.ndim not in (2, 3):
+        raise NMSparseError(f"{who}: expected a weight (M, K), or (E, M, K) for experts, got shape {w.shape}")
+    return w
+
+
+def resolve_scores(
+    w: np.ndarray, scores: Any, mask: Any, strict: bool
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The scores that rank ``w`` and the mask that the result must obey, from the options of ``from_dense``."""
+    if sum((scores is not None, mask is not None, bool(strict))) > 1:
+        raise NMSparseError("scores=, mask= and strict= exclude one another: give one of them")
+    if strict:
+        mask = w != 0
+    if mask is not None:
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != w.shape:
+            raise NMSparseError(f"mask: expected bool{list(w.shape)}, got {mask.dtype}{list(mask.shape)}")
+        return mask.astype(np.float32), mask
+    if scores is not None and np.shape(scores) != w.shape:
+        raise NMSparseError(f"scores: expected shape {w.shape} like the weight, got {np.shape(scores)}")
+    return scores, None
