@@ -1,8 +1,8 @@
 """Products with sparse arrays: check the operands, choose a backend, run it.
 
-The layout the kernels know is token-major: ``y = x @ A.T`` with ``x`` ``(T, K)`` and ``A`` ``(M, K)``. ``A @ b`` is the
-same product transposed. Products that reduce along M (``x @ A``, ``A.T @ y``) cut across the sparse groups; they decode A
-and run as dense products.
+The layout the kernels know is token-major: ``y = x @ A.T`` with ``x`` ``(T, K)`` and ``A`` ``(M, K)``. ``A @ b`` is
+the same product transposed. Products that reduce along M (``x @ A``, ``A.T @ y``) cut across the sparse groups; they
+decode A and run as dense products.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def array(
 
 
 def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
-    """``a @ b`` where one of them is a sparse array ``A`` ``(M, K)``, or ``(E, M, K)`` for a batch of experts, or its ``.T``.
+    """``a @ b`` where one is a sparse array ``A``, ``(M, K)`` or ``(E, M, K)`` for a batch of experts, or its ``A.T``.
 
     ==============  =======================  ==============  =====================================
     product         dense operand            result          runs
@@ -95,9 +95,9 @@ def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
 def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: Any) -> np.ndarray:
     """``x @ w`` for token-major ``x``; ``left`` and ``right`` are the caller's operands, for the message."""
     batch = w.shape[:-2]
-    if x.ndim == 0 or x.shape[-1] != w.shape[-2] or batch and (x.ndim != 3 or x.shape[:1] != batch):
+    if x.ndim == 0 or x.shape[-1] != w.shape[-2] or (batch and (x.ndim != 3 or x.shape[:1] != batch)):
         raise NMSparseError(
-            f"matmul: dimension mismatch, {tuple(np.shape(left))} @ {tuple(np.shape(right))}: the inner sizes must agree"
+            f"matmul: dimension mismatch, {np.shape(left)} @ {np.shape(right)}: the inner sizes must agree"
             + (", and so must the expert axis" if batch else "")
         )
     dtype = np.promote_types(x.dtype, w.dtype)
@@ -117,7 +117,7 @@ def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: 
 
 
 def grouped_matmul(x: np.ndarray, w: SparseArray, offsets: np.ndarray) -> np.ndarray:
-    """Rows ``offsets[e-1]:offsets[e]`` of ``x`` ``(S, K)`` times expert e of ``w`` ``(E, M, K)``, transposed: ``(S, M)``.
+    """Rows ``offsets[e-1]:offsets[e]`` of ``x`` ``(S, K)`` times ``w[e].T`` of ``w`` ``(E, M, K)``: ``(S, M)``.
 
     ``offsets`` ``(E,)`` are cumulative ends, int32 or int64, the last one S: the ``offs`` convention of
     ``torch.nn.functional.grouped_mm``. Experts without rows cost nothing.
@@ -156,7 +156,7 @@ def check_offsets(offsets: Any, experts: int, rows: int) -> np.ndarray:
 
 
 def as_activation(x: Any, who: str) -> np.ndarray:
-    """``x`` as a NumPy array of a supported floating dtype (a CPU array of another library is viewed through DLPack)."""
+    """``x`` as a NumPy array of a supported floating dtype; other libraries' CPU arrays are viewed through DLPack."""
     if not isinstance(x, (np.ndarray, list, tuple, float, int)) and hasattr(x, "__dlpack_device__"):
         device, _ = x.__dlpack_device__()
         if device != 1:  # kDLCPU
@@ -167,7 +167,9 @@ def as_activation(x: Any, who: str) -> np.ndarray:
     x = np.asarray(x)
     if x.dtype not in DTYPES:
         names = ", ".join(d.name for d in DTYPES)
-        raise NMSparseError(f"{who}: expected activations in {names}, got {x.dtype}; convert with astype(numpy.float32)")
+        raise NMSparseError(
+            f"{who}: expected activations in {names}, got {x.dtype}; convert with astype(numpy.float32)"
+        )
     return x
 
 

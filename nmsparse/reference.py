@@ -69,7 +69,7 @@ def gated(h: np.ndarray, width: int, activation: str) -> np.ndarray:
 def moe(
     x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray, gate_up: Any, down: Any, activation: str = "silu"
 ) -> np.ndarray:
-    """Experts of a Mixture-of-Experts layer: ``y[t] = Σ_j weights[t, j] · down[e] act(gate_up[e] x[t])``, e = ids[t, j].
+    """Experts of an MoE layer: ``y[t] = Σ_j weights[t, j] · down[e] act(gate_up[e] x[t])`` with e = ids[t, j].
 
     ``x`` ``(T, H)``, ids and weights ``(T, k)``, ``gate_up`` ``(E, 2I, H)`` or ``(E, I, H)``, ``down`` ``(E, H, I)``.
 

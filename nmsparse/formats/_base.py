@@ -89,7 +89,8 @@ class SparseArray:
     def _from_matrix(cls, w: np.ndarray, pattern: Pattern, scores: np.ndarray | None) -> SparseArray:
         _, rows, cols = cls._layout(pattern, *w.shape)
         padded = selection.pad(selection.importance(w, scores), rows, cols, selection.PADDING)
-        array = cls(pattern, w.shape, cls._select(padded, pattern))
+        chosen = cls._select(padded, pattern)
+        array = cls(pattern, w.shape, {name: np.ascontiguousarray(buffer) for name, buffer in chosen.items()})
         array.values = np.ascontiguousarray(selection.pad(w, rows, cols, 0)[array._coordinates()])
         return array
 
@@ -110,8 +111,11 @@ class SparseArray:
                 f"{what} does not fit the pattern at {where}row {row}, column {col} (and {len(lost) - 1} more places): "
                 f"{self.pattern.rule(row, col)}; drop strict/mask to let the pattern choose, or prune w first"
             )
-        kept = self._map_matrices(lambda matrix, e: selection.pad(mask[e], *matrix._padded(), 0)[matrix._coordinates()])
-        self.values[~kept] = 0
+        if not strict and self.values.size:  # strict: what lies outside the mask is a zero already
+            kept = self._map_matrices(
+                lambda matrix, e: selection.pad(mask[e], *matrix._padded(), 0)[matrix._coordinates()]
+            )
+            self.values[~kept] = 0
         return self
 
     @classmethod
@@ -281,11 +285,11 @@ class SparseArray:
             raise NMSparseError(f"{type(self).__name__}: expected buffers {list(layout)}, got {list(self.buffers())}")
         for name, (size, dtype) in layout.items():
             buffer, size = getattr(self, name), self.shape[:-2] + size
-            if buffer.shape != size or dtype is not None and buffer.dtype != dtype:
+            if buffer.shape != size or (dtype is not None and buffer.dtype != dtype):
                 want = np.dtype(dtype or self.dtype).name
                 raise NMSparseError(
-                    f"{type(self).__name__} {self.pattern} of shape {self.shape}: expected {name} as {want}{list(size)}, "
-                    f"got {buffer.dtype.name}{list(buffer.shape)}"
+                    f"{type(self).__name__} {self.pattern} of shape {self.shape}: expected {name} as "
+                    f"{want}{list(size)}, got {buffer.dtype.name}{list(buffer.shape)}"
                 )
         if full and (problem := self._disorder()):
             raise NMSparseError(f"{type(self).__name__} {self.pattern}: {problem}; the buffers are corrupt")
@@ -346,9 +350,7 @@ def as_weight(w: Any, who: str) -> np.ndarray:
     return w
 
 
-def resolve_scores(
-    w: np.ndarray, scores: Any, mask: Any, strict: bool
-) -> tuple[np.ndarray | None, np.ndarray | None]:
+def resolve_scores(w: np.ndarray, scores: Any, mask: Any, strict: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
     """The scores that rank ``w`` and the mask that the result must obey, from the options of ``from_dense``."""
     if sum((scores is not None, mask is not None, bool(strict))) > 1:
         raise NMSparseError("scores=, mask= and strict= exclude one another: give one of them")

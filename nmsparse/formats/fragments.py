@@ -102,8 +102,8 @@ def wgmma_sp_meta(thread: Int, half: Int) -> tuple[Int, Int]:
 def core_matrix(row: Int, col: Int, leading: int, stride: int) -> Int:
     """Element offset of ``(row, col)`` in an unswizzled K-major ``wgmma`` operand of 16-bit elements.
 
-    Core matrices are 8 rows × 8 columns, 64 contiguous elements; ``leading`` is the distance to the next one along K and
-    ``stride`` to the next one along M or N, in elements (the two offsets of the matrix descriptor).
+    Core matrices are 8 rows × 8 columns, 64 contiguous elements; ``leading`` is the distance to the next one along K
+    and ``stride`` to the next one along M or N, in elements (the two offsets of the matrix descriptor).
 
     >>> core_matrix(0, 8, leading=64, stride=128), core_matrix(8, 0, leading=64, stride=128), core_matrix(1, 2, 64, 128)
     (64, 128, 10)

@@ -169,5 +169,7 @@ def parse(text: str | Pattern) -> Pattern:
     if kind is None or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
         raise NMSparseError(f"pattern {text!r} is not understood: expected {SYNTAX}")
     if len(numbers) != len(fields(kind)):
-        raise NMSparseError(f"pattern {text!r} has {len(numbers)} numbers, {kind.format} takes {len(fields(kind))}: {SYNTAX}")
+        raise NMSparseError(
+            f"pattern {text!r} has {len(numbers)} numbers, {kind.format} takes {len(fields(kind))}: {SYNTAX}"
+        )
     return kind(*map(int, numbers))

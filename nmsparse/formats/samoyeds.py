@@ -149,7 +149,9 @@ class SamoyedsArray(SparseArray):
             return f"indices hold rows outside 0..{self.pattern.m - 1}"
         *lead, stored, chunks = self.indices.shape
         groups = self.indices.astype(np.int16).reshape(*lead, stored // self.pattern.n, self.pattern.n, chunks)
-        return None if (np.diff(groups, axis=-2) > 0).all() else "indices hold rows that do not ascend within their group"
+        return (
+            None if (np.diff(groups, axis=-2) > 0).all() else "indices hold rows that do not ascend within their group"
+        )
 
 
 def _dense_rows(indices: np.ndarray, pattern: Samoyeds) -> np.ndarray:

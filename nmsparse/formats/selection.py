@@ -1,8 +1,8 @@
 """Which elements a pattern keeps, in plain NumPy: the definition that the compiled kernels must match bit for bit.
 
-Every format keeps the largest total score that its pattern allows, one level at a time. Scores are magnitudes unless the
-caller brings others. Rules that all formats share: a NaN weight counts as +inf (so that it is seen, not dropped), a tie
-goes to the lower index, padding loses against everything, and sums run in float64 in ascending order.
+Every format keeps the largest total score that its pattern allows, one level at a time. Scores are magnitudes unless
+the caller brings others. Rules that all formats share: a NaN weight counts as +inf (so that it is seen, not dropped),
+a tie goes to the lower index, padding loses against everything, and sums run in float64 in ascending order.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def importance(w: np.ndarray, scores: np.ndarray | None) -> np.ndarray:
     if scores is None:
         return magnitude(w)
     scores = np.asarray(scores)
-    if scores.shape != w.shape or scores.dtype.kind not in "fiub" and scores.dtype.name != "bfloat16":
+    if scores.shape != w.shape or (scores.dtype.kind not in "fiub" and scores.dtype.name != "bfloat16"):
         raise NMSparseError(
             f"scores: expected real numbers of the weight's shape {w.shape}, got {scores.dtype}{list(scores.shape)}"
         )
     scores = scores.astype(np.promote_types(scores.dtype, np.float32))
     if np.isnan(scores).any() or np.isneginf(scores).any():
-        raise NMSparseError("scores: NaN and -inf do not rank a weight; use +inf to keep one and a large negative to drop")
+        raise NMSparseError(
+            "scores: NaN and -inf do not rank a weight; use +inf to keep one and a large negative to drop"
+        )
     return scores
 
 

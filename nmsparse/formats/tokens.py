@@ -50,7 +50,8 @@ class RaggedTokens:
         if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
             bad = np.argwhere((ids < 0) | (ids >= num_experts))[0]
             raise NMSparseError(
-                f"routing ids: expected expert numbers in 0..{num_experts - 1}, got {ids[tuple(bad)]} for token {bad[0]}"
+                f"routing ids: expected expert numbers in 0..{num_experts - 1}, "
+                f"got {ids[tuple(bad)]} for token {bad[0]}"
             )
         in_order = np.sort(ids, axis=1)
         if twice := np.argwhere(in_order[:, 1:] == in_order[:, :-1]).tolist():
