@@ -14,7 +14,7 @@ import numpy as np
 from . import formats, reference
 from .errors import NMSparseError, UnsupportedDeviceError
 from .formats import Pattern, SparseArray, Transposed, parse
-from .formats._base import DTYPES, as_weight, resolve_scores
+from .formats.checks import DTYPES, as_weight, resolve_scores
 from .formats.selection import importance
 
 __all__ = ["array", "grouped_matmul", "matmul"]
@@ -90,6 +90,9 @@ def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
         raise NMSparseError(f"matmul: expected out as {y.dtype.name}{list(y.shape)}, got {_describe(out)}")
     out[...] = y
     return out
+
+
+SparseArray._product = staticmethod(matmul)
 
 
 def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: Any) -> np.ndarray:

@@ -1,0 +1,69 @@
+"""``python -m nmsparse bench``: measures what the project promises, and prints each bar beside its figure."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .. import __version__
+from .timing import processor
+
+SUITES = ("import", "pack", "cpu")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``python -m nmsparse bench``."""
+    parser.add_argument("suite", choices=[*SUITES, "all"], help="what to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, the machine and the command")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the suites; exit code 1 if a bar is missed."""
+    results = {name: suite(name)() for name in (SUITES if args.suite == "all" else [args.suite])}
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    missed = [row for rows in results.values() for row in rows if row.get("holds") is False]
+    for row in missed:
+        print(f"MISSED: {row['what']}: {row['value']:.2f}, bar {row['bar']}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+def suite(name: str) -> Callable[[], list[dict]]:
+    """The function that runs one suite and returns its rows."""
+    from . import importing, matmul, packing
+
+    return {"import": importing.run, "pack": packing.run, "cpu": matmul.run}[name]
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured with."""
+    import numba
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": "python -m nmsparse " + " ".join(sys.argv[1:]),
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "numba": numba.__version__,
+        "nmsparse": __version__,
+    }
+
+
+def bar(what: str, value: float, bound: float, *, at_least: bool = True) -> dict[str, object]:
+    """One row of a report: a figure, its bar, and whether it holds."""
+    holds = value >= bound if at_least else value <= bound
+    sign = ">=" if at_least else "<="
+    print(f"{what:<64} {value:10.2f}   bar {sign} {bound:<6g} {'ok' if holds else 'MISSED'}")
+    return {"what": what, "value": float(value), "bar": f"{sign} {bound:g}", "holds": bool(holds)}

@@ -1,0 +1,44 @@
+"""Products on the CPU: each format against NumPy's dense product and SciPy's CSR, from one token to a thousand."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import formats
+from ..errors import require
+from . import bar
+from .timing import medians
+
+SHAPES = ((4096, 4096), (1408, 2048))
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
+# pattern -> tokens -> at least this many times NumPy's dense product; 0.9 everywhere else.
+FASTER = {"2:4": {1: 1.3, 4: 1.3}, "samoyeds:1:2:128": {1: 2.0, 4: 2.0}}
+
+
+def run() -> list[dict]:
+    """Times dense over sparse for every shape, pattern and token count, fp32, token-major ``x``."""
+    scipy_sparse = require("scipy.sparse", "bench")
+    rows = []
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        w = rng.standard_normal(shape, np.float32)
+        arrays = {pattern: formats.random(shape, pattern, rng=rng) for pattern in PATTERNS}
+        for tokens in TOKENS:
+            x = rng.standard_normal((tokens, shape[1]), np.float32)
+            runs = {"dense": lambda x=x, w=w: x @ w.T}
+            runs |= {pattern: lambda x=x, A=A: x @ A.T for pattern, A in arrays.items()}
+            if tokens == 64:
+                csr, columns = scipy_sparse.csr_array(arrays["2:4"].todense()), np.ascontiguousarray(x.T)
+                runs["csr"] = lambda csr=csr, columns=columns: csr @ columns
+            seconds = medians(runs)
+            print(
+                f"\n{shape}, {tokens} tokens: " + ", ".join(f"{name} {t * 1e3:.2f} ms" for name, t in seconds.items())
+            )
+            for pattern in PATTERNS:
+                what = f"{shape} T={tokens} {pattern}, dense time / ours"
+                bound = FASTER.get(pattern, {}).get(tokens, 0.9)
+                rows.append({**bar(what, seconds["dense"] / seconds[pattern], bound), "seconds": seconds[pattern]})
+            if "csr" in seconds:
+                rows.append(bar(f"{shape} T={tokens} 2:4, SciPy CSR time / ours", seconds["csr"] / seconds["2:4"], 4))
+    return rows

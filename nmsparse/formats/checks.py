@@ -1,0 +1,45 @@
+"""What may enter a format: dtypes, shapes, and the options that rank or mask a weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..errors import NMSparseError
+
+DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
+
+
+def check_dtype(dtype: np.dtype, who: str) -> np.dtype:
+    """``dtype`` if weights may have it."""
+    if dtype not in DTYPES:
+        names = ", ".join(d.name for d in DTYPES)
+        raise NMSparseError(f"{who}: expected weights in {names}, got {dtype}; convert with .astype(numpy.float32)")
+    return dtype
+
+
+def as_weight(w: Any, who: str) -> np.ndarray:
+    """``w`` as a NumPy weight ``(M, K)`` or ``(E, M, K)``."""
+    w = np.asarray(w)
+    check_dtype(w.dtype, who)
+    if w.ndim not in (2, 3):
+        raise NMSparseError(f"{who}: expected a weight (M, K), or (E, M, K) for experts, got shape {w.shape}")
+    return w
+
+
+def resolve_scores(w: np.ndarray, scores: Any, mask: Any, strict: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The scores that rank ``w`` and the mask that the result must obey, from the options of ``from_dense``."""
+    if sum((scores is not None, mask is not None, bool(strict))) > 1:
+        raise NMSparseError("scores=, mask= and strict= exclude one another: give one of them")
+    if strict:
+        mask = w != 0
+    if mask is not None:
+        mask = np.asarray(mask)
+        if mask.dtype != bool or mask.shape != w.shape:
+            raise NMSparseError(f"mask: expected bool{list(w.shape)}, got {mask.dtype}{list(mask.shape)}")
+        return mask.astype(np.float32), mask
+    if scores is not None and np.shape(scores) != w.shape:
+        raise NMSparseError(f"scores: expected shape {w.shape} like the weight, got {np.shape(scores)}")
+    return scores, None
