@@ -12,9 +12,11 @@ True
 
 from __future__ import annotations
 
-from . import formats, prune, reference
+from . import formats, moe, prune, reference
 from .errors import NMSparseError, UnsupportedDeviceError
 from .formats import NMArray, RaggedTokens, SamoyedsArray, VNMArray, random, stack
+from .io import load, save
+from .moe import MoELayer, SparseExperts, route
 from .ops import array, grouped_matmul, matmul
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +48,6 @@ def suite(name: str) -> Callable[[], list[dict]]:
 
 def machine() -> dict[str, object]:
     """What the figures were measured with."""
-    import numba
-
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": "python -m nmsparse " + " ".join(sys.argv[1:]),
@@ -56,7 +55,7 @@ def machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "numba": numba.__version__,
+        "numba": version("numba"),
         "nmsparse": __version__,
     }
 

@@ -1,0 +1,165 @@
+"""The experts of a Mixture-of-Experts layer: weights sparse by pruning, activations sparse by routing."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from .. import reference
+from ..errors import NMSparseError
+from ..formats import Pattern, RaggedTokens, SparseArray
+from ..formats.checks import as_weight
+from ..ops import array, as_activation
+
+
+class SparseExperts:
+    """E feed-forward networks of one shape, each applied to the tokens that are routed to it.
+
+    ``gate_up`` (E, 2I, H) holds the gate rows, then the up rows; expert e computes ``down[e] (act(gate x) * up x)``.
+    With ``gate_up`` (E, I, H) there is no gate: ``down[e] act(gate_up[e] x)``. ``down`` is (E, H, I). Both are sparse
+    arrays or dense ndarrays, of one dtype. ``activation`` is a key of ``nmsparse.reference.ACTIVATIONS``.
+
+    Raises NMSparseError for weights that do not fit each other and for an unknown activation.
+
+    >>> rng = np.random.default_rng(0)
+    >>> gate_up, down = rng.standard_normal((4, 64, 32), np.float32), rng.standard_normal((4, 32, 32), np.float32)
+    >>> experts = SparseExperts.from_dense(gate_up, down, "2:4")
+    >>> experts
+    SparseExperts(4 experts, hidden 32, intermediate 32, gated silu, 2:4, float32, 26112 bytes)
+    >>> y = experts(np.ones((3, 32), np.float32), topk_ids=[[0, 1], [3, 0], [2, 3]], topk_weights=[[0.5, 0.5]] * 3)
+    >>> y.shape, y.dtype.name
+    ((3, 32), 'float32')
+    """
+
+    def __init__(self, gate_up: SparseArray | np.ndarray, down: SparseArray | np.ndarray, activation: str = "silu"):
+        self.gate_up, self.down = _expert_weights("gate_up", gate_up), _expert_weights("down", down)
+        num_experts, rows, hidden = self.gate_up.shape
+        if self.down.shape[:2] != (num_experts, hidden) or rows not in (self.down.shape[2], 2 * self.down.shape[2]):
+            raise NMSparseError(
+                f"expected gate_up (E, 2I, H), or (E, I, H) without a gate, and down (E, H, I); got "
+                f"{self.gate_up.shape} and {self.down.shape}; stack experts on axis 0, gate before up on axis 1"
+            )
+        if self.gate_up.dtype != self.down.dtype:
+            raise NMSparseError(
+                f"expected gate_up and down of one dtype, got {self.gate_up.dtype} and {self.down.dtype}; use .astype"
+            )
+        if activation not in reference.ACTIVATIONS:
+            raise NMSparseError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")
+        self.activation = activation
+
+    @classmethod
+    def from_dense(
+        cls, gate_up: np.ndarray, down: np.ndarray, pattern: str | Pattern, activation: str = "silu"
+    ) -> SparseExperts:
+        """Prune dense weights by magnitude to one pattern. To rank by other scores, call ``nmsparse.array`` on each.
+
+        >>> SparseExperts.from_dense(np.ones((2, 8, 16)), np.ones((2, 16, 8)), "1:4", "relu").gated
+        False
+        """
+        return cls(array(gate_up, pattern), array(down, pattern), activation)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H, the width of the tokens."""
+        return self.down.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I, the width between the two projections."""
+        return self.down.shape[2]
+
+    @property
+    def gated(self) -> bool:
+        """Whether ``gate_up`` holds gate and up rows (2I of them) or only one projection (I)."""
+        return self.gate_up.shape[1] == 2 * self.down.shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """dtype of the weights."""
+        return self.down.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both weights, metadata included."""
+        return self.gate_up.nbytes + self.down.nbytes
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The pattern that both weights have; None if they are dense or differ."""
+        patterns = {getattr(weight, "pattern", None) for weight in (self.gate_up, self.down)}
+        return patterns.pop() if len(patterns) == 1 else None
+
+    def __repr__(self) -> str:
+        kinds = [str(getattr(weight, "pattern", "dense")) for weight in (self.gate_up, self.down)]
+        gate = "gated " if self.gated else ""
+        return (
+            f"SparseExperts({self.num_experts} experts, hidden {self.hidden_size}, intermediate "
+            f"{self.intermediate_size}, {gate}{self.activation}, {' and '.join(dict.fromkeys(kinds))}, "
+            f"{self.dtype.name}, {self.nbytes} bytes)"
+        )
+
+    def __call__(self, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
+        """Each token's weighted sum of the outputs of its experts, in the shape and dtype of ``x``.
+
+        ``x`` is (T, H), or (…, H) with any leading axes; ``topk_ids`` (…, k) int32 or int64 and ``topk_weights``
+        (…, k), as :func:`~nmsparse.moe.route` returns them, have the same leading axes or one for all tokens.
+        Arithmetic is float32, or float64 (slowly, by ``nmsparse.reference``) where ``x`` or the weights are float64.
+
+        Raises NMSparseError for shapes that do not fit, ids below 0 or beyond E - 1, an expert named twice by a token,
+        and routing weights that are NaN or inf.
+
+        >>> eye = np.eye(4, dtype=np.float32)[None]
+        >>> SparseExperts(eye, 3 * eye, "identity")(np.ones((2, 4), np.float32), [[0], [0]], [[1.0], [2.0]])
+        array([[3., 3., 3., 3.],
+               [6., 6., 6., 6.]], dtype=float32)
+        """
+        x = as_activation(x, "x")
+        if x.ndim == 0 or x.shape[-1] != self.hidden_size:
+            raise NMSparseError(f"x: expected shape (tokens, {self.hidden_size}), got {x.shape}")
+        lead = x.shape[:-1]
+        ids = _per_token("topk_ids", np.asarray(topk_ids), lead)
+        weights = _per_token("topk_weights", as_activation(topk_weights, "topk_weights"), lead)
+        if weights.shape != ids.shape:
+            raise NMSparseError(f"topk_weights: expected one per id, shape {ids.shape}; got {weights.shape}")
+        exact = np.float64 in (x.dtype, self.dtype)
+        with np.errstate(over="ignore"):  # a float64 weight beyond float32 becomes inf, and is refused
+            weights = np.ascontiguousarray(weights, np.float64 if exact else np.float32)
+        if not np.isfinite(weights).all():
+            t = np.argwhere(~np.isfinite(weights))[0, 0]
+            raise NMSparseError(f"topk_weights: expected finite values, got {weights[t].tolist()} for token {t}")
+        ragged = RaggedTokens.from_topk(ids, self.num_experts)
+
+        tokens = x.reshape(len(ids), self.hidden_size)
+        if exact:
+            y = reference.moe(tokens, ids, weights, self.gate_up, self.down, self.activation)
+        else:
+            from ..cpu.moe import moe_forward
+
+            y = moe_forward(
+                np.ascontiguousarray(tokens, np.float32), ragged, weights, self.gate_up, self.down, self.activation
+            )
+        return y.reshape(x.shape).astype(x.dtype, copy=False)
+
+
+def _expert_weights(name: str, weight: Any) -> SparseArray | np.ndarray:
+    if not isinstance(weight, SparseArray):
+        weight = as_weight(weight, name)
+    if weight.ndim != 3 or not weight.shape[0]:
+        raise NMSparseError(f"{name}: expected one matrix per expert, shape (E, rows, columns); got {weight.shape}")
+    return weight
+
+
+def _per_token(name: str, values: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:
+    """``values`` (…, k) as (tokens, k)."""
+    tokens = math.prod(lead)
+    if values.shape[:-1] not in (lead, (tokens,)) or values.ndim == 0 or values.shape[-1] < 1:
+        shapes = dict.fromkeys(str((*axes, "k")).replace("'", "") for axes in (lead, (tokens,)))
+        raise NMSparseError(f"{name}: expected shape {' or '.join(shapes)}, got {values.shape}")
+    return values.reshape(tokens, values.shape[-1])
