@@ -12,12 +12,18 @@ True
 
 from __future__ import annotations
 
-from . import formats, moe, prune, reference
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import formats, prune, reference
 from .errors import NMSparseError, UnsupportedDeviceError
 from .formats import NMArray, RaggedTokens, SamoyedsArray, VNMArray, random, stack
-from .io import load, save
-from .moe import MoELayer, SparseExperts, route
 from .ops import array, grouped_matmul, matmul
+
+if TYPE_CHECKING:
+    from . import moe
+    from .io import load, save
+    from .moe import MoELayer, SparseExperts, route
 
 __version__ = "0.1.0"
 
@@ -43,3 +49,17 @@ __all__ = [
     "save",
     "stack",
 ]
+
+# Loaded when first asked for, so that a program that only multiplies starts faster.
+_LATER = {"load": "io", "save": "io", "moe": "moe", "MoELayer": "moe", "SparseExperts": "moe", "route": "moe"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'nmsparse' has no attribute {name!r}")
+    module = import_module(f".{_LATER[name]}", __name__)
+    return module if name == _LATER[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -290,8 +290,20 @@ class SparseArray:
                     f"{type(self).__name__} {self.pattern} of shape {self.shape}: expected {name} as "
                     f"{want}{list(size)}, got {buffer.dtype.name}{list(buffer.shape)}"
                 )
-        if full and (problem := self._disorder()):
+        if full and (problem := self._disorder() or self._stray()):
             raise NMSparseError(f"{type(self).__name__} {self.pattern}: {problem}; the buffers are corrupt")
+
+    def _stray(self) -> str | None:
+        """Whether a value other than 0 is stored in the padding, where products would meet it and ``todense`` not."""
+        height, width = self.shape[-2:]
+        if self._padded() == (height, width) or not self.values.size:
+            return None
+
+        def strays(matrix: SparseArray, e: Any) -> np.ndarray:
+            rows, cols = matrix._coordinates()
+            return (matrix.values != 0) & ((rows >= height) | (cols >= width))
+
+        return "values holds numbers in the padding" if self._map_matrices(strays).any() else None
 
 
 class Transposed:

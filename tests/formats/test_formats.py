@@ -183,6 +183,17 @@ def test_disordered_indices_are_refused(data, pattern):
             formats.from_buffers(pattern, {**A.buffers(), "indices": A.indices[::-1]}, A.shape)
 
 
+@given(weights(special=False), patterns(), st.sampled_from([1.0, np.nan, np.inf]))
+def test_numbers_in_the_padding_are_refused(w, pattern, number):
+    A = formats.from_dense(np.ones_like(w), pattern)
+    stray = np.full_like(A.values, number)
+    if A._padded() == A.shape[-2:]:
+        formats.from_buffers(pattern, {**A.buffers(), "values": stray}, A.shape)
+    elif A.nnz > A.mask().sum():
+        with pytest.raises(NMSparseError, match="in the padding"):
+            formats.from_buffers(pattern, {**A.buffers(), "values": stray}, A.shape)
+
+
 @given(weights(), patterns(), st.sampled_from(["values", "meta", "indices"]), st.data())
 def test_buffers_of_the_wrong_size_or_dtype_are_refused(w, pattern, name, data):
     A = formats.from_dense(w, pattern)

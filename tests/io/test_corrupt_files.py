@@ -95,7 +95,7 @@ def test_an_empty_tensor_of_absurd_shape(path):
 def test_every_truncation(path):
     """Cut anywhere, a file is refused."""
     raw = path.read_bytes()
-    for end in range(0, len(raw), 7):
+    for end in range(len(raw)):
         path.write_bytes(raw[:end])
         with pytest.raises(NMSparseError, match="damaged or truncated"):
             load(path)
