@@ -13,8 +13,9 @@ from numba import njit
 from ..formats import CLASSES, Pattern, parse
 from ..formats.nm import is_24
 from . import threads
-from .simd import address, take
+from .simd import address
 from .storage import as_storage
+from .threads import done, next_task
 
 _STRIPE = 64  # rows of a task, rounded up to what is decided together
 _PADDING = np.float32(-np.inf)
@@ -53,23 +54,28 @@ def pack(w: np.ndarray, pattern: str | Pattern, scores: np.ndarray | None = None
         ranks = ranks if scores is None else ranks[None]
         indices = None if indices is None else indices[None]
     stripe = -(-_STRIPE // pattern.rows) * pattern.rows
-    head = source, ranks, _TABLES[w.dtype], stripe, np.zeros(1, np.int64), values, meta
-    if pattern.format == "vnm":
-        threads.share(lambda: _pack_vnm(*head, indices, pattern.v, pattern.m), w.size)
-    elif pattern.format == "samoyeds":
-        threads.share(lambda: _pack_samoyeds(*head, indices, pattern.n, pattern.m, pattern.v // 4), w.size)
-    elif is_24(pattern):
-        threads.share(lambda: _pack_24(*head), w.size)
-    else:
-        threads.share(lambda: _pack_nm(*head, pattern.n, pattern.m), w.size)
+    head = source, ranks, _TABLES[w.dtype], stripe, values, meta
+
+    def job(queue: np.ndarray) -> None:
+        if pattern.format == "vnm":
+            _pack_vnm(queue, *head, indices, pattern.v, pattern.m)
+        elif pattern.format == "samoyeds":
+            _pack_samoyeds(queue, *head, indices, pattern.n, pattern.m, pattern.v // 4)
+        elif is_24(pattern):
+            _pack_24(queue, *head)
+        else:
+            _pack_nm(queue, *head, pattern.n, pattern.m)
+
+    threads.team.run(job, tasks=len(source) * -(-source.shape[1] // stripe), cost=8 * w.size)
     return buffers
 
 
 @njit(cache=True, nogil=True)
-def _pack_24(w, scores, table, stripe, counter, values, meta):
+def _pack_24(queue, w, scores, table, stripe, values, meta):
     experts, height, _ = w.shape
     stripes = -(-height // stripe)
-    task = take(address(counter))
+    queue = address(queue)
+    task = next_task(queue)
     while task < experts * stripes:
         e, top = task // stripes, task % stripes * stripe
         for row in range(top, min(top + stripe, height)):
@@ -81,15 +87,17 @@ def _pack_24(w, scores, table, stripe, counter, values, meta):
                     _put_pair(values, w, e, row, 2 * (4 * word + g), row, column + first, column + second)
                     packed |= (first | second << 2) << 4 * g
                 meta[e, row, word] = packed
-        task = take(address(counter))
+        done(queue)
+        task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_nm(w, scores, table, stripe, counter, values, meta, n, m):
+def _pack_nm(queue, w, scores, table, stripe, values, meta, n, m):
     experts, height, width = w.shape
     stripes = -(-height // stripe)
     worth, kept = np.empty(m), np.empty(m, np.bool_)
-    task = take(address(counter))
+    queue = address(queue)
+    task = next_task(queue)
     while task < experts * stripes:
         e, top = task // stripes, task % stripes * stripe
         for row in range(top, min(top + stripe, height)):
@@ -104,15 +112,17 @@ def _pack_nm(w, scores, table, stripe, counter, values, meta, n, m):
                         values[e, row, i] = w[e, row, column] if column < width else 0
                         meta[e, row, i] = j
                         i += 1
-        task = take(address(counter))
+        done(queue)
+        task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_vnm(w, scores, table, stripe, counter, values, meta, indices, v, m):
+def _pack_vnm(queue, w, scores, table, stripe, values, meta, indices, v, m):
     experts, height, width = w.shape
-    stripes = -(-values.shape[1] // stripe)
+    stripes = -(-height // stripe)
     sums, worth, kept = np.empty(width), np.empty(m), np.empty(m, np.bool_)
-    task = take(address(counter))
+    queue = address(queue)
+    task = next_task(queue)
     while task < experts * stripes:
         e, start = task // stripes, task % stripes * stripe
         for top in range(start, min(start + stripe, values.shape[1]), v):
@@ -143,18 +153,20 @@ def _pack_vnm(w, scores, table, stripe, counter, values, meta, indices, v, m):
                         _put_pair(values, w, e, row, 2 * group, row, left + c[first], left + c[second])
                         packed |= (first | second << 2) << 4 * g
                     meta[e, row, word] = packed
-        task = take(address(counter))
+        done(queue)
+        task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_samoyeds(w, scores, table, stripe, counter, values, meta, indices, n, m, chunk):
+def _pack_samoyeds(queue, w, scores, table, stripe, values, meta, indices, n, m, chunk):
     """``chunk`` is the length of a run in groups of four columns."""
     experts, height, _ = w.shape
     groups = values.shape[1] // n
-    stripes = -(-groups * m // stripe)
+    stripes = -(-height // stripe)
     worth, kept = np.empty(m), np.empty(m, np.bool_)
     quads = 4 * meta.shape[2]
-    task = take(address(counter))
+    queue = address(queue)
+    task = next_task(queue)
     while task < experts * stripes:
         e, start = task // stripes, task % stripes * stripe
         for top in range(start, min(start + stripe, groups * m), m):
@@ -176,7 +188,8 @@ def _pack_samoyeds(w, scores, table, stripe, counter, values, meta, indices, n, 
                             _put_pair(values, w, e, row, 2 * quad, top + i, c + first, c + second)
                             meta[e, row, quad // 4] |= np.uint16((first | second << 2) << 4 * (quad % 4))
                         row += 1
-        task = take(address(counter))
+        done(queue)
+        task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)

