@@ -14,7 +14,7 @@ import numpy as np
 from . import formats, reference
 from .errors import NMSparseError, UnsupportedDeviceError
 from .formats import Pattern, SparseArray, Transposed, parse
-from .formats.checks import DTYPES, as_weight, resolve_scores
+from .formats.checks import DTYPES, as_weight, common_dtype, resolve_scores
 from .formats.selection import importance
 
 __all__ = ["array", "grouped_matmul", "matmul"]
@@ -103,7 +103,7 @@ def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: 
             f"matmul: dimension mismatch, {np.shape(left)} @ {np.shape(right)}: the inner sizes must agree"
             + (", and so must the expert axis" if batch else "")
         )
-    dtype = np.promote_types(x.dtype, w.dtype)
+    dtype = common_dtype(x.dtype, w.dtype)
     lead, tokens = x.shape[:-1], x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
     if isinstance(w, SparseArray) or dtype == np.float64:
         compute = np.promote_types(dtype, np.float32)
@@ -137,7 +137,7 @@ def grouped_matmul(x: np.ndarray, w: SparseArray, offsets: np.ndarray) -> np.nda
     if x.ndim != 2 or x.shape[1] != w.shape[2]:
         raise NMSparseError(f"grouped_matmul: expected x (S, K={w.shape[2]}), got shape {x.shape}")
     offsets = check_offsets(offsets, w.shape[0], len(x))
-    dtype = np.promote_types(x.dtype, w.dtype)
+    dtype = common_dtype(x.dtype, w.dtype)
     if dtype == np.float64:
         return reference.grouped_matmul(x, w, offsets)
     from .cpu import matmul as cpu

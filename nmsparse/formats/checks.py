@@ -20,6 +20,17 @@ def check_dtype(dtype: np.dtype, who: str) -> np.dtype:
     return dtype
 
 
+def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
+    """The dtype of a product; float32 where neither 16-bit float holds the other.
+
+    >>> common_dtype(np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)).name
+    'float32'
+    """
+    if {a.name, b.name} == {"float16", "bfloat16"}:
+        return np.dtype(np.float32)
+    return np.promote_types(a, b)
+
+
 def as_weight(w: Any, who: str) -> np.ndarray:
     """``w`` as a NumPy weight ``(M, K)`` or ``(E, M, K)``."""
     w = np.asarray(w)

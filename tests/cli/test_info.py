@@ -47,7 +47,7 @@ def test_the_cache_is_where_numba_writes():
     (directory,) = {
         kernel.stats.cache_path
         for kernel in vars(sys.modules["nmsparse.cpu.pack"]).values()
-        if hasattr(kernel, "stats")
+        if hasattr(kernel, "stats") and kernel.stats.cache_path  # what is inlined is not cached by itself
     }
     assert info.collect()["cpu"]["cache"] == directory
 
