@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m nmsparse demo
@@ -15,6 +15,10 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/codespell
+
+docs: $(BIN)/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[docs,hf]'
+	$(BIN)/sphinx-build -W -q docs docs/_build
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

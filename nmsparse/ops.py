@@ -7,6 +7,7 @@ decode A and run as dense products.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,7 @@ def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: 
             + (", and so must the expert axis" if batch else "")
         )
     dtype = common_dtype(x.dtype, w.dtype)
-    lead, tokens = x.shape[:-1], x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1])
+    lead, tokens = x.shape[:-1], x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     if isinstance(w, SparseArray) or dtype == np.float64:
         compute = np.promote_types(dtype, np.float32)
         return (x.astype(compute) @ w.todense().astype(compute)).astype(dtype)

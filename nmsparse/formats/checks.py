@@ -21,14 +21,14 @@ def check_dtype(dtype: np.dtype, who: str) -> np.dtype:
 
 
 def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
-    """The dtype of a product; float32 where neither 16-bit float holds the other.
+    """The dtype of a product: the one that both have, or else float32, or float64 where one is that.
 
     >>> common_dtype(np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)).name
     'float32'
     """
-    if {a.name, b.name} == {"float16", "bfloat16"}:
-        return np.dtype(np.float32)
-    return np.promote_types(a, b)
+    if a == b:
+        return a
+    return np.dtype(np.float64 if np.float64 in (a, b) else np.float32)
 
 
 def as_weight(w: Any, who: str) -> np.ndarray:
