@@ -56,7 +56,7 @@ def pack(w: np.ndarray, pattern: str | Pattern, scores: np.ndarray | None = None
     stripe = -(-_STRIPE // pattern.rows) * pattern.rows
     head = source, ranks, _TABLES[w.dtype], stripe, values, meta
 
-    def job(queue: np.ndarray) -> None:
+    def job(queue: np.ndarray, caller: bool) -> None:
         if pattern.format == "vnm":
             _pack_vnm(queue, *head, indices, pattern.v, pattern.m)
         elif pattern.format == "samoyeds":

@@ -1,0 +1,143 @@
+"""A row of weights as values and offsets into a panel, a chunk of columns at a time, for either operand.
+
+A chunk is as many columns of the panel as stay in the first-level cache while all rows pass over them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from .operand import INLINED, TwoFour, scattered
+from .panel import add_run
+from .planes import COLUMNS, LANES, blocks, fill_offsets
+from .simd import CANDIDATES, at, candidates, load, pick, put, scalar, store, widen, word
+
+CHUNK = 8192  # elements of a panel: 32 KiB
+
+
+def panel_columns(a):
+    """Dense columns that positions of ``a`` can point to; K or more."""
+    raise NotImplementedError("for compiled code")
+
+
+def chunk_values(a, tokens):
+    """Stored values of one row in one chunk, at most."""
+    raise NotImplementedError("for compiled code")
+
+
+def chunk_planes(a, tokens):
+    """Elements of the offset planes of one chunk."""
+    raise NotImplementedError("for compiled code")
+
+
+def add_products(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
+    """Add to ``sums`` (one vector of ``tokens`` for each dense row) what the row groups contribute.
+
+    ``weights``, ``offsets`` and ``planes`` are room for one row of one chunk.
+    """
+    raise NotImplementedError("for compiled code")
+
+
+@overload(panel_columns, jit_options=INLINED)
+def _panel_columns(a):
+    if a.instance_class is TwoFour:
+        return lambda a: 4 * a.words * a.spread if a.spread else 16 * a.words
+    return lambda a: a.groups * a.every
+
+
+@overload(chunk_values, jit_options=INLINED)
+def _chunk_values(a, tokens):
+    if a.instance_class is TwoFour:
+        return lambda a, tokens: LANES * chunk_blocks(tokens)
+    return lambda a, tokens: a.keep * chunk_groups(a, tokens)
+
+
+@overload(chunk_planes, jit_options=INLINED)
+def _chunk_planes(a, tokens):
+    if a.instance_class is TwoFour:
+        return lambda a, tokens: CANDIDATES * LANES * chunk_blocks(tokens)
+    return lambda a, tokens: 0
+
+
+@overload(add_products, prefer_literal=True, jit_options=INLINED)
+def _add_products(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
+    if a.instance_class is TwoFour:
+
+        def two_four(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
+            add_two_four(a, expert, group, until, panel, sums, weights, offsets, planes, tokens)
+
+        return two_four
+
+    def any_nm(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
+        add_any_nm(a, expert, group, until, panel, sums, weights, offsets, tokens)
+
+    return any_nm
+
+
+@njit(**INLINED)
+def chunk_blocks(tokens):
+    """Blocks of 32 stored columns in a chunk."""
+    return max(1, CHUNK // (COLUMNS * tokens))
+
+
+@njit(**INLINED)
+def chunk_groups(a, tokens):
+    """Groups of ``every`` columns in a chunk."""
+    return max(1, CHUNK // (a.every * tokens))
+
+
+@njit(**INLINED)
+def add_two_four(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
+    """:func:`add_products` of a :class:`TwoFour`."""
+    step = chunk_blocks(tokens)
+    for left in range(0, blocks(a), step):
+        right = min(left + step, blocks(a))
+        start, stop = COLUMNS * left, min(COLUMNS * right, 16 * a.words)
+        block = -1
+        for row in range(group * a.n, until * a.n):
+            if row // a.block != block:
+                block = row // a.block
+                fill_offsets(planes, a, expert, row, left, right, tokens)
+            stored = expert * a.height + row
+            decode_two_four(a, stored * a.words, left, right, weights, offsets, planes)
+            dense = (row // a.n - group) * a.m
+            run, column = start // a.run, start
+            while column < stop:
+                end = min(stop, (run + 1) * a.run)
+                i = scattered(a, stored, run, dense) * tokens
+                add_run(sums, i, offsets, weights, (column - start) // 2, (end - start) // 2, panel, tokens)
+                column = end
+                run += 1
+
+
+@njit(**INLINED)
+def decode_two_four(a, w, left, right, weights, offsets, planes):
+    """Blocks ``left`` to ``right`` of the row whose words start at ``w``."""
+    for block in range(left, right):
+        i, v = LANES * (block - left), w + 2 * block
+        columns = candidates(planes, CANDIDATES * i, LANES)
+        if 2 * block + 1 < a.words:
+            store(offsets, i, pick(word(a.meta, v), columns))
+            store(weights, i, load(a.values, 8 * v, 16))
+        else:  # half a block: what is written after its eight values is not used
+            store(offsets, i, pick(at(a.meta, v), columns))
+            store(weights, i, widen(load(a.values, 8 * v, 8), 16))
+
+
+@njit(**INLINED)
+def add_any_nm(a, expert, group, until, panel, sums, weights, offsets, tokens):
+    """:func:`add_products` of an :class:`AnyNM`."""
+    step = chunk_groups(a, tokens)
+    for left in range(0, a.groups, step):
+        right = min(left + step, a.groups)
+        for row in range(group, until):
+            stored = ((expert * a.height + row) * a.groups + left) * a.keep
+            i = 0
+            for g in range(left, right):
+                for _ in range(a.keep):
+                    put(offsets, i, np.int32((g * a.every + at(a.meta, stored + i)) * tokens))
+                    put(weights, i, scalar(load(a.values, stored + i, 1)))
+                    i += 1
+            add_run(sums, (row - group) * tokens, offsets, weights, 0, i, panel, tokens)

@@ -1,0 +1,58 @@
+"""The forward pass of a layer of experts, after the router: gather, gate and up, activation, down, combine."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ..formats import RaggedTokens
+from .activations import activate
+from .matmul import grouped_matmul
+from .simd import address
+from .threads import done, next_task, team
+
+_TOKENS = 16  # of a task
+
+
+def moe_forward(
+    x: np.ndarray, ragged: RaggedTokens, topk_weights: np.ndarray, gate_up: Any, down: Any, activation: str
+) -> np.ndarray:
+    """``y[t] = Σ_j topk_weights[t, j] · down[e] act(gate_up[e] x[t])``, e the j-th expert of token t: ``(T, H)``.
+
+    ``x`` ``(T, H)`` and ``topk_weights`` ``(T, k)`` are float32; ``ragged`` is the routing, ``gate_up`` and ``down``
+    are sparse arrays or ndarrays. Tokens are gathered inside the first product. The terms of a token are added in the
+    order of j, so the result is the same bits every time.
+
+    >>> eye = np.eye(4, dtype=np.float32)[None]
+    >>> one = RaggedTokens.from_topk(np.zeros((1, 1), np.int32), 1)
+    >>> moe_forward(np.ones((1, 4), np.float32), one, np.float32([[0.5]]), eye, eye, "identity")
+    array([[0.5, 0.5, 0.5, 0.5]], dtype=float32)
+    """
+    h = grouped_matmul(gate_up, x, ragged.offsets, ragged.token_ids)
+    y = grouped_matmul(down, activate(h, down.shape[2], activation), ragged.offsets)
+    place = np.empty(topk_weights.size, np.int64)  # of each slot of the routing among the rows sorted by expert
+    place[ragged.slots] = np.arange(place.size)
+    out = np.empty((ragged.num_tokens, down.shape[1]), np.float32)
+    job = partial(_combine, y, place.reshape(topk_weights.shape), topk_weights, out)
+    team.run(lambda queue, caller: job(queue), tasks=-(-len(out) // _TOKENS), cost=y.size)
+    return out
+
+
+@njit(cache=True, nogil=True)
+def _combine(y, place, weights, out, queue):
+    tokens, width = out.shape
+    queue = address(queue)
+    first = next_task(queue) * _TOKENS
+    while first < tokens:
+        for token in range(first, min(first + _TOKENS, tokens)):
+            row = out[token]
+            row[:] = 0
+            for j in range(place.shape[1]):
+                weight, term = weights[token, j], y[place[token, j]]
+                for column in range(width):
+                    row[column] += weight * term[column]
+        done(queue)
+        first = next_task(queue) * _TOKENS

@@ -1,0 +1,201 @@
+"""Few tokens: the weights are read once, 16 at a time along K, and multiplied with what they meet in each token.
+
+One token goes row by row: a single stream from memory is what limits it. More go four at a time with two rows, so that
+what is loaded of either serves the other.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+from .operand import INLINED, addresses, scattered
+from .panel import row_of
+from .planes import COLUMNS, LANES, aligned, blocks, fill_tokens
+from .simd import (
+    CANDIDATES,
+    add,
+    address,
+    at,
+    candidates,
+    fma,
+    lane_sums,
+    load,
+    offset,
+    pick,
+    prefetch,
+    put,
+    repeat,
+    splat,
+    store,
+    widen,
+    word,
+)
+from .threads import done, leave, next_task
+
+GROUPS = 32  # row groups (of n stored rows) whose sums are kept at a time
+TOKENS = 16  # of a tile, at most
+L1 = 24 << 10  # bytes of planes that serve all those rows before the next ones are loaded
+CACHED = 16 << 20  # bytes of weights that may well be in a cache; more are asked for a row ahead
+
+
+@njit(cache=True, nogil=True)
+def narrow_1(a, x, token_ids, tiles, parts, queue, caller, y):
+    """:func:`narrow` for tiles of one token."""
+    planes, sums = aligned(CANDIDATES * 16 * blocks(a)), aligned((GROUPS * a.m + a.m + 15) * 16)
+    narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, np.empty(1, np.int64), 1, 16)
+
+
+@njit(cache=True, nogil=True)
+def narrow_4(a, x, token_ids, tiles, parts, queue, caller, y):
+    """:func:`narrow` for tiles of up to ``TOKENS`` tokens, four at a time."""
+    planes, sums = aligned(CANDIDATES * 16 * TOKENS * blocks(a)), aligned((GROUPS * a.m + a.m + 3) * 64)
+    narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, np.empty(4, np.int64), 4, 64)
+
+
+@njit(**INLINED)
+def narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, starts, tokens, lanes):
+    """Rows of ``y`` for tiles of tokens, ``tokens`` of them at a time. A task is a tile and one of ``parts`` of the rows.
+
+    ``lanes`` is 16 * ``tokens``; both are literals, from here down.
+    """
+    ahead = 8 * a.words if a.values.size * a.values.itemsize > CACHED else 0
+    a, tasks, width, height = addresses(a), len(tiles) * parts, x.shape[1], y.shape[1]
+    x, y, planes, sums, queue = address(x), address(y), address(planes), address(sums), address(queue)
+    starts = address(starts)
+    groups, size = a.height // a.n, CANDIDATES * lanes * blocks(a)
+    ready = -1
+    task = next_task(queue)
+    while task < tasks:
+        tile, part = task // parts, task % parts
+        expert, first, count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
+        group, stop = groups * part // parts, groups * (part + 1) // parts
+        while group < stop:
+            block = group * a.n // a.block
+            until = min(stop, group + GROUPS, (block + 1) * a.block // a.n)
+            if ready != tile * groups + block:
+                for t in range(0, count, tokens):
+                    for i in range(tokens):
+                        put(starts, i, row_of(t + i, token_ids, first, count) * width)
+                    fill_tokens(offset(planes, t // tokens * size), a, expert, group * a.n, x, width, starts, tokens)
+                ready = tile * groups + block
+            top, bottom = group * a.m, min(until * a.m, height)
+            for t in range(0, count, tokens):
+                for i in range((until - group) * a.m):
+                    store(sums, i * lanes, splat(np.float32(0), lanes))
+                add_products(a, expert, group, until, offset(planes, t // tokens * size), sums, ahead, tokens, lanes)
+                for i in range(0, (bottom - top) * tokens, LANES):
+                    store(sums, i, lane_sums(sums, i * LANES))  # the first vectors make room for the sums
+                for i in range(min(tokens, count - t)):
+                    for row in range(bottom - top):
+                        put(y, (first + t + i) * height + top + row, at(sums, row * tokens + i))
+            group = until
+        done(queue)
+        task = next_task(queue)
+    leave(queue, tasks, caller)
+
+
+def add_products(a, expert, group, until, planes, sums, ahead, tokens, lanes):
+    """Add to ``sums`` (16 partial sums for each dense row and token) what the row groups contribute."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(add_products, prefer_literal=True, jit_options=INLINED)
+def _by_tokens(a, expert, group, until, planes, sums, ahead, tokens, lanes):
+    def by_rows(a, expert, group, until, planes, sums, ahead, tokens, lanes):
+        stored, dense = expert * a.height + group * a.n, 0
+        while dense < (until - group) * a.m:
+            for _ in range(a.n):
+                add_row(a, stored, dense, planes, sums, ahead)
+                stored += 1
+            dense += a.m
+
+    def by_pairs(a, expert, group, until, planes, sums, ahead, tokens, lanes):
+        columns, chunk = 16 * a.words, max(COLUMNS, L1 // (4 * CANDIDATES * lanes) * COLUMNS)
+        for start in range(0, columns, chunk):
+            for row in range(group * a.n, until * a.n, 2):
+                stop = min(start + chunk, columns)
+                add_pair(a, expert, group, row, until * a.n, start, stop, planes, sums, 2 * ahead, tokens, lanes)
+
+    return by_rows if tokens.literal_value == 1 else by_pairs
+
+
+@njit(**INLINED)
+def add_row(a, stored, dense, planes, sums, ahead):
+    """One stored row times one token, two sums in flight."""
+    w = stored * a.words
+    start, run = 0, 0
+    while start < 16 * a.words:
+        end = min(16 * a.words, start + a.run)
+        even = splat(np.float32(0), LANES)
+        odd = even
+        block, last = start // COLUMNS, end // COLUMNS
+        while block + 2 <= last:
+            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
+            odd = add_block(odd, a, w + 2 * block + 2, meets(planes, block + 1, LANES), ahead, 1)
+            block += 2
+        if block < last:
+            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
+        if end % COLUMNS:
+            odd = add_half_block(odd, a, w + 2 * last, meets(planes, last, LANES), 1)
+        add_to(sums, scattered(a, stored, run, dense) * LANES, add(even, odd), LANES)
+        start = end
+        run += 1
+
+
+@njit(**INLINED)
+def add_pair(a, expert, group, row, rows, start, stop, planes, sums, ahead, tokens, lanes):
+    """Stored rows ``row`` and ``row + 1``, stored columns ``start`` to ``stop``.
+
+    If ``row`` is the last, it is its own partner, whose sums go where nobody reads them.
+    """
+    nobody, partner = GROUPS * a.m, min(row + 1, rows - 1)
+    stored, other = expert * a.height + row, expert * a.height + partner
+    dense = (row // a.n - group) * a.m
+    dense_other = (partner // a.n - group) * a.m if partner > row else nobody
+    w, v = stored * a.words, other * a.words
+    run = start // a.run
+    while start < stop:
+        end = min(stop, (run + 1) * a.run)
+        s = splat(np.float32(0), lanes)
+        r = s
+        for block in range(start // COLUMNS, end // COLUMNS):
+            met = meets(planes, block, lanes)
+            s = add_block(s, a, w + 2 * block, met, ahead, tokens)
+            r = add_block(r, a, v + 2 * block, met, ahead, tokens)
+        if end % COLUMNS:
+            last = end // COLUMNS
+            met = meets(planes, last, lanes)
+            s = add_half_block(s, a, w + 2 * last, met, tokens)
+            r = add_half_block(r, a, v + 2 * last, met, tokens)
+        add_to(sums, scattered(a, stored, run, dense) * lanes, s, lanes)
+        add_to(sums, scattered(a, other, run, dense_other) * lanes, r, lanes)
+        start = end
+        run += 1
+
+
+@njit(**INLINED)
+def meets(planes, block, lanes):
+    """What the values of a ``block`` can meet."""
+    return candidates(planes, CANDIDATES * lanes * block, lanes)
+
+
+@njit(**INLINED)
+def add_block(total, a, w, met, ahead, tokens):
+    """``total`` plus the products of the 16 values of words ``w`` and ``w + 1`` with what they meet."""
+    if ahead:
+        prefetch(a.values, 8 * w + ahead)
+    return fma(repeat(load(a.values, 8 * w, 16), tokens), pick(word(a.meta, w), met), total)
+
+
+@njit(**INLINED)
+def add_half_block(total, a, w, met, tokens):
+    """The same where ``w`` is the last word of a row: what comes after it is not to be read."""
+    return fma(repeat(widen(load(a.values, 8 * w, 8), 16), tokens), pick(at(a.meta, w), met), total)
+
+
+@njit(**INLINED)
+def add_to(sums, i, vector, lanes):
+    """``sums[i : i + lanes] += vector``."""
+    store(sums, i, add(load(sums, i, lanes), vector))
