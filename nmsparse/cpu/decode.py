@@ -11,8 +11,9 @@ from numba.extending import overload
 
 from .operand import INLINED, TwoFour, scattered
 from .panel import add_run
+from .pick import CANDIDATES, candidates, pick, word
 from .planes import COLUMNS, LANES, blocks, fill_offsets
-from .simd import CANDIDATES, at, candidates, load, pick, put, scalar, store, widen, word
+from .simd import at, load, number, put, store, widen
 
 CHUNK = 8192  # elements of a panel: 32 KiB
 
@@ -138,6 +139,6 @@ def add_any_nm(a, expert, group, until, panel, sums, weights, offsets, tokens):
             for g in range(left, right):
                 for _ in range(a.keep):
                     put(offsets, i, np.int32((g * a.every + at(a.meta, stored + i)) * tokens))
-                    put(weights, i, scalar(load(a.values, stored + i, 1)))
+                    put(weights, i, number(at(a.values, stored + i)))
                     i += 1
             add_run(sums, (row - group) * tokens, offsets, weights, 0, i, panel, tokens)

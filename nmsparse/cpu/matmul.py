@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import NMSparseError
+from .llvm import AVX512
 from .narrow import TOKENS, narrow_1, narrow_4
 from .operand import AnyNM, TwoFour, operand
 from .planes import COLUMNS
-from .simd import AVX512
 from .threads import count, team
 from .wide import wide_32, wide_64
 
@@ -111,9 +111,7 @@ def _tiles(weights: TwoFour | AnyNM, work: Work) -> dict[Callable, list[tuple[in
     return plan
 
 
-def _multiply_dense(
-    a: np.ndarray, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarray | None
-) -> np.ndarray:
+def _multiply_dense(a: np.ndarray, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarray | None) -> np.ndarray:
     """The same with dense experts, through BLAS."""
     y = np.empty((slots, a.shape[1]), np.float32)
     for expert, first, size in work:

@@ -12,26 +12,9 @@ from numba.extending import overload
 
 from .operand import INLINED, addresses, scattered
 from .panel import row_of
+from .pick import CANDIDATES, candidates, pick, word
 from .planes import COLUMNS, LANES, aligned, blocks, fill_tokens
-from .simd import (
-    CANDIDATES,
-    add,
-    address,
-    at,
-    candidates,
-    fma,
-    lane_sums,
-    load,
-    offset,
-    pick,
-    prefetch,
-    put,
-    repeat,
-    splat,
-    store,
-    widen,
-    word,
-)
+from .simd import add, address, at, fma, lane_sums, load, offset, prefetch, put, repeat, splat, store, widen
 from .threads import done, leave, next_task
 
 GROUPS = 32  # row groups (of n stored rows) whose sums are kept at a time
@@ -56,7 +39,7 @@ def narrow_4(a, x, token_ids, tiles, parts, queue, caller, y):
 
 @njit(**INLINED)
 def narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, starts, tokens, lanes):
-    """Rows of ``y`` for tiles of tokens, ``tokens`` of them at a time. A task is a tile and one of ``parts`` of the rows.
+    """Rows of ``y`` for tiles of tokens, ``tokens`` at a time. A task is a tile and one of ``parts`` of the rows.
 
     ``lanes`` is 16 * ``tokens``; both are literals, from here down.
     """

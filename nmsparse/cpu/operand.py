@@ -39,7 +39,7 @@ class TwoFour(NamedTuple):
 
 
 class AnyNM(NamedTuple):
-    """E matrices of ``height`` rows that keep some of every few columns, other than 2:4: the canonical buffers, flat."""
+    """E matrices of ``height`` rows that keep some of every few columns, but not 2:4: the canonical buffers, flat."""
 
     values: np.ndarray  # ``keep * groups`` for each row
     meta: np.ndarray  # uint8, as many: position inside the group
@@ -84,7 +84,7 @@ def _addresses(a):
     return two_four if a.instance_class is TwoFour else any_nm
 
 
-# --- what follows is for a TwoFour with addresses -----------------------------------------------------------------------
+# --- what follows is for a TwoFour with addresses --------------------------------------------------------------------
 
 
 @njit(**INLINED)

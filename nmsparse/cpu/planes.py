@@ -1,6 +1,6 @@
 """What each stored value of a 2:4 row can meet, laid out as the kernels load it.
 
-The stored columns go in blocks of 32: 8 groups, 16 stored values. :func:`~nmsparse.cpu.simd.pick` finds out what each
+The stored columns go in blocks of 32: 8 groups, 16 stored values. :func:`~nmsparse.cpu.pick.pick` finds out what each
 of the 16 meets. With AVX-512 it looks it up among the 32 columns themselves: two vectors. Without, it chooses among
 three candidates, and a block is three *planes* of 16 lanes: lane i belongs to stored value i, and plane q holds what is
 q columns after the first that value i can sit in. The columns 0 1 2 3 of a group stand in them as ``0 1``, ``1 2`` and
@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from .operand import INLINED, dense_column, gathered
-from .simd import CANDIDATES, at, load, put, store
+from .pick import CANDIDATES
+from .simd import at, load, put, store
 
 COLUMNS = 32  # of a block
 LANES = 16  # of a vector of candidates: the stored values of a block

@@ -9,6 +9,7 @@ waits for the tasks, not for the worker: one that wakes too late finds nothing l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -76,16 +77,18 @@ class _Worker:
             self._bell.acquire()
             self._called = False
             job, self._job = self._job, None
-            try:
-                job()
-            except BaseException as error:
-                self.error = error
+            if job is not None:  # it may have been done with the call before
+                try:
+                    job()
+                except BaseException as error:
+                    self.error = error
             job = None  # holds the arrays of the call
 
     def avoid(self, core: int, cores: set[int]) -> None:
         """Keep off the caller's core: Linux tends to wake a thread there, behind the one that is busy on it."""
         if core != self._avoids:
-            os.sched_setaffinity(self._thread.native_id, cores - {core})
+            with contextlib.suppress(OSError):  # somebody has taken those cores away
+                os.sched_setaffinity(self._thread.native_id, cores - {core})
             self._avoids = core
 
 
@@ -93,6 +96,10 @@ class Team:
     """The threads of this process."""
 
     def __init__(self) -> None:
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Forget the workers; a process that was forked has none of them, and perhaps a lock that nobody holds."""
         self._workers: list[_Worker] = []
         self._busy = threading.Lock()
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
@@ -104,11 +111,12 @@ class Team:
         ``cost`` (in multiply-adds) is small, or while another call has the team.
         """
         queue = np.zeros(24, np.int64)
-        if cost < _WORTH_SHARING or tasks < 2 or count() == 1 or not self._busy.acquire(blocking=False):
+        threads = min(count(), tasks, 1 + int(cost // _WORTH_SHARING))
+        if threads == 1 or not self._busy.acquire(blocking=False):
             job(queue, True)
             return
         try:
-            self._call_workers(lambda: job(queue, False), min(count(), tasks) - 1)
+            self._call_workers(lambda: job(queue, False), threads - 1)
             job(queue, True)
             while queue[_DONE] < tasks:  # a worker has lost its core in the middle of a task
                 for worker in self._workers:
@@ -121,10 +129,11 @@ class Team:
     def _call_workers(self, job: Callable[[], object], wanted: int) -> None:
         while len(self._workers) < wanted:
             self._workers.append(_Worker())
-        core = _current_core()
+        core = _current_core() if _current_core else None
         for worker in self._workers[:wanted]:
             if core in self._cores and len(self._cores) > 1:
                 worker.avoid(core, self._cores)
+            worker.error = None
             worker.call(job)
 
 
@@ -133,18 +142,10 @@ def count() -> int:
     return numba.config.NUMBA_NUM_THREADS
 
 
-_current_core: Callable[[], int | None] = lambda: None
+_current_core: Callable[[], int] | None = None
 if hasattr(os, "sched_setaffinity"):
-    _current_core = getattr(ctypes.CDLL(None), "sched_getcpu", _current_core)
+    _current_core = getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
 team = Team()
-
-
-def _replace_team() -> None:
-    """After a fork the child has none of the threads."""
-    global team
-    team = Team()
-
-
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_replace_team)
+    os.register_at_fork(after_in_child=team.start_afresh)

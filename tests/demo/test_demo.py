@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nmsparse import NMSparseError, array, demo
-from nmsparse.demo import picture, table
+from nmsparse.demo import measure, picture, table
 from nmsparse.demo.measure import BATCH, Result, steps
 
 WINDOWS = BATCH + 2  # a whole batch and a part of one
@@ -85,6 +85,36 @@ def test_speed_up_is_dense_time_over_sparse_time():
     assert re.findall(r"[\d.]+×", last) == ["1.50×", "2.00×"]
 
 
+def routing(*layers):
+    """Two windows of one token, two experts each: ``[(ids, weights), …]``."""
+    return [(np.array(ids), np.array(weights, np.float32)) for ids, weights in layers]
+
+
+SAME = ([[0, 1], [4, 5]], [[0.6, 0.4], [0.7, 0.3]])
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([SAME, SAME], [False, False]),
+        ([SAME, ([[0, 1], [4, 6]], SAME[1])], [False, True]),  # a tie for the last place
+        ([SAME, ([[1, 0], [4, 5]], SAME[1])], [False, False]),  # the same experts in another order
+        ([SAME, ([[0, 1], [4, 6]], [[0.6, 0.4], [0.8, 0.2]])], [False, False]),  # no tie: an error
+        ([([[0, 1], [4, 6]], SAME[1]), ([[2, 3], [6, 7]], [[0.9, 0.1], [0.9, 0.1]])], [False, True]),  # after a tie
+        ([([[0, 1], [4, 6]], [[0.6, 0.4], [0.8, 0.2]]), ([[0, 1], [4, 6]], SAME[1])], [False, False]),  # after an error
+    ],
+)
+def test_only_ties_excuse_another_choice_of_experts(layers, expected):
+    assert measure.tied(routing(*layers), routing(SAME, SAME), 2).tolist() == expected
+
+
+def test_ties_are_told():
+    dense = Result("dense", 1, {"values": 8}, 1.0, 3e-6, 8e-6)
+    sparse = Result("2:4", 0.5, {"values": 4}, 1.5, 2e-6, 4e-6, 1e-6, ties=3)
+    assert table.format_table([dense, sparse]).splitlines()[-1].startswith("2:4:")
+    assert table.format_table([dense, sparse]).endswith("rounding: 3")
+
+
 @needs_model
 def test_the_picture(ran):
     png = ran[2].read_bytes()
@@ -127,13 +157,12 @@ def test_windows_is_a_positive_number_or_all(count, capsys):
 
 @pytest.mark.parametrize("windows", [1, BATCH, BATCH + 1])
 def test_steps_counts_what_the_bar_will_see(windows, monkeypatch):
-    from nmsparse.demo import measure
-
     class Model:
         """A model that costs nothing."""
 
         experts = ()
         seconds_in_experts = 0.0
+        routing = ()
 
         def with_experts(self, convert):
             return Model()
@@ -145,3 +174,18 @@ def test_steps_counts_what_the_bar_will_see(windows, monkeypatch):
     seen = []
     measure.measure(Model(), np.zeros((windows, 4), np.uint8), ["a", "b"], seen.append)
     assert len(seen) == steps(windows, 2)
+
+
+def test_the_bar_names_the_step_and_goes_away(capsys):
+    pytest.importorskip("tqdm")
+    with demo._bar(2, True) as advance:
+        advance("first")
+        advance("second")
+    shown = capsys.readouterr().err
+    assert "first" in shown and "1/2" in shown and shown.endswith("\r")
+
+
+def test_no_bar_where_nobody_watches(capsys):
+    with demo._bar(2, False) as advance:
+        advance("first")
+    assert capsys.readouterr().err == ""

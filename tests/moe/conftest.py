@@ -23,6 +23,7 @@ def published_block():
     reason = "the oracle is transformers: python -m pip install 'nmsparse[test]'"
     torch = pytest.importorskip("torch", reason=reason)
     pytest.importorskip("transformers", reason=reason)
+    torch.set_num_threads(1)  # its idle threads spin, and the kernels under test want the cores
 
     def build(model_type, *, hidden, intermediate, experts, **settings):
         config_name, block_name, intermediate_name, experts_name = BLOCKS[model_type]
