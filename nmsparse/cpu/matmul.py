@@ -51,7 +51,8 @@ def grouped_matmul(a: Any, x: np.ndarray, offsets: np.ndarray, token_ids: np.nda
     _check_tokens(a, x)
     slots = len(x) if token_ids is None else len(token_ids)
     ends = np.asarray(offsets, np.int64)
-    counts = np.diff(ends, prepend=0)
+    counts = ends.copy()
+    counts[1:] -= ends[:-1]
     if a.ndim != 3 or ends.shape != a.shape[:1] or (counts < 0).any() or counts.sum() != slots:
         raise NMSparseError(
             f"grouped_matmul: expected weights (E, M, K) and E non-decreasing ends, the last one {slots}; "

@@ -61,15 +61,21 @@ def fill_tokens(planes, a, expert, row, x, width, starts, tokens):
                 store(planes, i, load(x, source, LANES))
                 store(planes, i + LANES * tokens, load(x, source + LANES, LANES))
             block += 1
-    start = gathered(a, expert, row)
+    first = gathered(a, expert, row)
+    spread = a.spread if a.spread else 4
     for group in range(8 * block, 8 * blocks(a)):
+        # Stored columns in the padding, and dense ones beyond the token, are as good as column ``width``: zero.
         c0, c1, c2, c3 = width, width, width, width
         if group < 4 * a.words:
-            c0, c1 = dense_column(a, start, 4 * group), dense_column(a, start, 4 * group + 1)
-            c2, c3 = dense_column(a, start, 4 * group + 2), dense_column(a, start, 4 * group + 3)
+            c0, c1 = dense_column(a, first, 4 * group), dense_column(a, first, 4 * group + 1)
+            c2, c3 = dense_column(a, first, 4 * group + 2), dense_column(a, first, 4 * group + 3)
         for t in range(tokens):
-            x0, x1 = element(x, at(starts, t), c0, width), element(x, at(starts, t), c1, width)
-            x2, x3 = element(x, at(starts, t), c2, width), element(x, at(starts, t), c3, width)
+            i = at(starts, t)
+            if (group + 1) * spread <= width:
+                x0, x1, x2, x3 = at(x, i + c0), at(x, i + c1), at(x, i + c2), at(x, i + c3)
+            else:
+                x0, x1 = element(x, i, c0, width), element(x, i, c1, width)
+                x2, x3 = element(x, i, c2, width), element(x, i, c3, width)
             put_group(planes, group // 8, group % 8, t, tokens, x0, x1, x2, x3)
 
 

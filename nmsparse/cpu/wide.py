@@ -18,6 +18,7 @@ from .simd import address, at, put, splat, store
 from .threads import done, leave, next_task
 
 ROWS = 256  # dense rows whose sums are kept at a time
+LINE = 16  # elements of a cache line: what is transposed at a time
 
 
 @njit(cache=True, nogil=True)
@@ -62,9 +63,10 @@ def wide(a, x, token_ids, tiles, parts, queue, caller, y, panel, sums, weights, 
             add_products(a, expert, group, until, panel, sums, weights, offsets, planes, tokens)
             top = group * a.m
             rows = min(until * a.m, height) - top
-            for t in range(count):
-                for row in range(rows):
-                    put(y, (first + t) * height + top + row, at(sums, row * tokens + t))
+            for left in range(0, rows, LINE):
+                for t in range(count):
+                    for row in range(left, min(left + LINE, rows)):
+                        put(y, (first + t) * height + top + row, at(sums, row * tokens + t))
             group = until
         done(queue)
         task = next_task(queue)

@@ -205,3 +205,40 @@ def test_operands_that_do_not_fit_are_refused(shape, offsets, ids):
 def test_values_of_another_dtype_are_refused():
     with pytest.raises(NMSparseError, match="values: the compiled kernels take float32"):
         matmul(formats.random((8, 64), "2:4", dtype=np.float64, rng=0), np.ones((1, 64), np.float32))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages by mmap and mprotect")
+def test_nothing_is_read_beyond_the_buffers():
+    """Every buffer ends where a page begins that cannot be read."""
+    code = """
+import ctypes, mmap
+import numpy as np
+from nmsparse import formats
+from nmsparse.cpu.matmul import matmul
+from nmsparse.cpu.pack import pack
+
+libc, page, held = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE, []
+
+def at_the_brink(array):
+    size = -(-array.nbytes // page) * page
+    held.append(mmap.mmap(-1, size + page))
+    start = ctypes.addressof(ctypes.c_char.from_buffer(held[-1]))
+    assert libc.mprotect(ctypes.c_void_p(start + size), ctypes.c_size_t(page), 0) == 0
+    last = np.frombuffer(held[-1], np.uint8, array.nbytes, size - array.nbytes).view(array.dtype).reshape(array.shape)
+    last[...] = array
+    return last
+
+rng = np.random.default_rng(0)
+for pattern in ("2:4", "3:7", "vnm:4:2:8", "samoyeds:1:2:32", "samoyeds:2:3:12"):
+    for shape in ((5, 33), (12, 80), (6, 200)):
+        for dtype in (np.float32, np.float16):
+            a = formats.random(shape, pattern, dtype=dtype, rng=rng)
+            w = at_the_brink(a.todense())
+            assert pack(w, pattern, at_the_brink(a.mask().astype(np.float32))).keys() == a.buffers().keys()
+            want = {tokens: rng.standard_normal((tokens, shape[1]), np.float32) for tokens in (1, 3, 20, 40)}
+            for name, buffer in a.buffers().items():
+                setattr(a, name, at_the_brink(buffer))
+            for tokens, x in want.items():
+                np.testing.assert_allclose(matmul(a, at_the_brink(x)), x @ a.todense().T.astype(np.float32), atol=1e-4)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
