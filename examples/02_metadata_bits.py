@@ -22,7 +22,7 @@ for group in range(4):
     nibble = word >> 4 * group & 0b1111
     first, second = nibble & 0b11, nibble >> 2
     values = A.values[0, 2 * group : 2 * group + 2].astype(int)
-    print(f"group {group}: bits {nibble:04b} -> {values[0]:2d} at position {first}, {values[1]:2d} at position {second}")
+    print(f"group {group}: bits {nibble:04b}, {values[0]:2d} at position {first}, {values[1]:2d} at position {second}")
     assert w[0, 4 * group + first] == values[0] and w[0, 4 * group + second] == values[1]
 
 # Decoding by hand gives the dense row back.

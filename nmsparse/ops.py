@@ -61,7 +61,8 @@ def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
     ==============  =======================  ==============  =====================================
 
     With an expert axis the dense operand has it too: ``(E, T, K) @ A.T``. fp16 and bf16 operands are multiplied and
-    summed in fp32, float64 in float64; the result has the promoted dtype of both. ``out`` receives it if given.
+    summed in fp32, float64 in float64; the result has the dtype of both, or
+    the wider one (float16 with bfloat16: float32). ``out`` receives it if given.
 
     >>> A = formats.NMArray.from_dense(np.eye(4, dtype=np.float32))
     >>> A @ np.array([1, 2, 3, 4], np.float32)

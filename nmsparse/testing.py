@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-# Unit roundoff of what a result is rounded to; products of 16-bit numbers are exact in fp32, so this and the sums remain.
+# Unit roundoff of what a result is rounded to. Products of 16-bit numbers are exact in fp32: this and the sums remain.
 ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 

@@ -215,7 +215,7 @@ METADATA = {
     "dtype of no float": (entry("w", dtype="int16"), "array 'w': unknown dtype 'int16'"),
     "dtype that the values lack": (entry("w", dtype="float16"), "declared float16, its values are bfloat16"),
     "values missing": (rename("w.values", "w.value"), "array 'w' lacks its buffer 'values'"),
-    "meta missing": (rename("w.meta", "w.mata"), "array 'w' lacks its buffer 'meta'"),
+    "meta missing": (rename("w.meta", "w.metas"), "array 'w' lacks its buffer 'meta'"),
     "indices missing in V:N:M": (rename("v.indices", "x"), "array 'v' lacks its buffer 'indices'"),
     "indices missing in Samoyeds": (rename("s.indices", "x"), "array 's' lacks its buffer 'indices'"),
     "sparse and dense of one name": (rename("d", "w"), "'w' names both a sparse array and a dense tensor"),
