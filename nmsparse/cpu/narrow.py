@@ -1,7 +1,7 @@
 """Few tokens: the weights are read once, 16 at a time along K, and multiplied with what they meet in each token.
 
-One token goes row by row: a single stream from memory is what limits it. More go four at a time with two rows, so that
-what is loaded of either serves the other.
+One token goes row by row: the weights are a single stream from memory, and that is what limits it (two rows at once are
+slower). More go four at a time with two rows, so that what is loaded of either serves the other.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def add_products(a, expert, group, until, planes, sums, ahead, tokens, lanes):
 @overload(add_products, prefer_literal=True, jit_options=INLINED)
 def _by_tokens(a, expert, group, until, planes, sums, ahead, tokens, lanes):
     def by_rows(a, expert, group, until, planes, sums, ahead, tokens, lanes):
-        if a.runs:  # short runs: one row alone would wait for its sums at the end of each
-            for row in range(group * a.n, until * a.n, 2):
-                add_pair(a, expert, group, row, until * a.n, 0, 16 * a.words, planes, sums, 2 * ahead, 1, LANES)
-        else:
-            for row in range(group, until):
-                add_row(a, expert * a.height + row, (row - group) * LANES, planes, sums, ahead)
+        stored, dense = expert * a.height + group * a.n, 0
+        while dense < (until - group) * a.m:
+            for _ in range(a.n):
+                add_row(a, stored, dense, planes, sums, ahead)
+                stored += 1
+            dense += a.m
 
     def by_pairs(a, expert, group, until, planes, sums, ahead, tokens, lanes):
         columns, chunk = 16 * a.words, max(COLUMNS, L1 // (4 * CANDIDATES * lanes) * COLUMNS)
@@ -105,19 +105,26 @@ def _by_tokens(a, expert, group, until, planes, sums, ahead, tokens, lanes):
 
 
 @njit(**INLINED)
-def add_row(a, stored, i, planes, sums, ahead):
-    """One whole stored row times one token, two sums in flight."""
-    w, last = stored * a.words, a.words // 2
-    even = splat(np.float32(0), LANES)
-    odd = even
-    for block in range(0, last - 1, 2):
-        even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
-        odd = add_block(odd, a, w + 2 * block + 2, meets(planes, block + 1, LANES), ahead, 1)
-    if last % 2:
-        even = add_block(even, a, w + 2 * last - 2, meets(planes, last - 1, LANES), ahead, 1)
-    if a.words % 2:
-        odd = add_half_block(odd, a, w + 2 * last, meets(planes, last, LANES), 1)
-    add_to(sums, i, add(even, odd), LANES)
+def add_row(a, stored, dense, planes, sums, ahead):
+    """One stored row times one token, two sums in flight."""
+    w = stored * a.words
+    start, run = 0, 0
+    while start < 16 * a.words:
+        end = min(16 * a.words, start + a.run)
+        even = splat(np.float32(0), LANES)
+        odd = even
+        block, last = start // COLUMNS, end // COLUMNS
+        while block + 2 <= last:
+            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
+            odd = add_block(odd, a, w + 2 * block + 2, meets(planes, block + 1, LANES), ahead, 1)
+            block += 2
+        if block < last:
+            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
+        if end % COLUMNS:
+            odd = add_half_block(odd, a, w + 2 * last, meets(planes, last, LANES), 1)
+        add_to(sums, scattered(a, stored, run, dense) * LANES, add(even, odd), LANES)
+        start = end
+        run += 1
 
 
 @njit(**INLINED)

@@ -147,7 +147,8 @@ def test_copies_share_nothing_and_equal(w, pattern):
 
 @given(st.data(), patterns())
 def test_disordered_metadata_is_refused(data, pattern):
-    A = formats.from_dense(data.draw(weights(shapes)), pattern)
+    # All zeros, so that a position moved into the padding carries nothing there.
+    A = formats.from_dense(np.zeros(data.draw(shapes), np.float32), pattern)
     where = tuple(data.draw(st.integers(0, size - 1)) for size in A.meta.shape)
     meta = A.meta.copy()
     meta[where] = data.draw(st.integers(0, np.iinfo(meta.dtype).max))
