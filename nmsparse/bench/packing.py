@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import ml_dtypes
 import numpy as np
 
+from ..formats import random
 from ..ops import array
 from . import bar
 from .timing import medians
 
 SHAPE = (8192, 4096)
+PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 # A fresh process: its peak is then that of this packing alone. Compile first on a small weight of the same kind.
 MEMORY_PROBE = """
@@ -36,10 +39,14 @@ def run() -> list[dict]:
     """Million weights per second, and peak extra memory over the packed size."""
     rows = []
     rng = np.random.default_rng(0)
+    for pattern in PATTERNS:
+        bits = 8 * random(SHAPE, pattern, dtype=np.float16, rng=rng).nbytes / math.prod(SHAPE)
+        print(f"{pattern}: {bits:.2f} bits per float16 weight")
+        rows.append({"what": f"{pattern}, bits per float16 weight", "value": bits})
     w32 = rng.standard_normal(SHAPE, np.float32)
     for dtype in (np.float32, ml_dtypes.bfloat16):
         w = w32.astype(dtype)
-        for pattern in ("2:4", "samoyeds:1:2:128", "vnm:64:2:8"):
+        for pattern in PATTERNS:
             seconds = medians({"pack": lambda w=w, pattern=pattern: array(w, pattern)})["pack"]
             what = f"pack {w.dtype.name} {pattern}, million weights/s"
             rows.append(bar(what, w.size / seconds / 1e6, 100))

@@ -29,7 +29,7 @@ def chunk_values(a, tokens):
 
 
 def chunk_planes(a, tokens):
-    """Elements of the offset planes of one chunk."""
+    """Elements of what one chunk needs to decode its rows."""
     raise NotImplementedError("for compiled code")
 
 
@@ -59,7 +59,7 @@ def _chunk_values(a, tokens):
 def _chunk_planes(a, tokens):
     if a.instance_class is TwoFour:
         return lambda a, tokens: CANDIDATES * LANES * chunk_blocks(tokens)
-    return lambda a, tokens: 0
+    return lambda a, tokens: a.keep * chunk_groups(a, tokens)
 
 
 @overload(add_products, prefer_literal=True, jit_options=INLINED)
@@ -72,7 +72,7 @@ def _add_products(a, expert, group, until, panel, sums, weights, offsets, planes
         return two_four
 
     def any_nm(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
-        add_any_nm(a, expert, group, until, panel, sums, weights, offsets, tokens)
+        add_any_nm(a, expert, group, until, panel, sums, weights, offsets, planes, tokens)
 
     return any_nm
 
@@ -128,17 +128,27 @@ def decode_two_four(a, w, left, right, weights, offsets, planes):
 
 
 @njit(**INLINED)
-def add_any_nm(a, expert, group, until, panel, sums, weights, offsets, tokens):
-    """:func:`add_products` of an :class:`AnyNM`."""
+def add_any_nm(a, expert, group, until, panel, sums, weights, offsets, starts, tokens):
+    """:func:`add_products` of an :class:`AnyNM`. ``starts`` is room for where the group of each value starts."""
     step = chunk_groups(a, tokens)
     for left in range(0, a.groups, step):
-        right = min(left + step, a.groups)
+        groups = min(step, a.groups - left)
+        for g in range(groups):
+            for i in range(g * a.keep, (g + 1) * a.keep):
+                put(starts, i, np.int32((left + g) * a.every * tokens))
         for row in range(group, until):
             stored = ((expert * a.height + row) * a.groups + left) * a.keep
-            i = 0
-            for g in range(left, right):
-                for _ in range(a.keep):
-                    put(offsets, i, np.int32((g * a.every + at(a.meta, stored + i)) * tokens))
-                    put(weights, i, number(at(a.values, stored + i)))
-                    i += 1
-            add_run(sums, (row - group) * tokens, offsets, weights, 0, i, panel, tokens)
+            decode_any_nm(a, stored, groups * a.keep, weights, offsets, starts, tokens)
+            add_run(sums, (row - group) * tokens, offsets, weights, 0, groups * a.keep, panel, tokens)
+
+
+@njit(**INLINED)
+def decode_any_nm(a, stored, count, weights, offsets, starts, tokens):
+    """``count`` values from number ``stored`` on."""
+    for i in range(count):
+        put(offsets, i, np.int32(at(starts, i) + np.int32(at(a.meta, stored + i)) * np.int32(tokens)))
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(weights, i, load(a.values, stored + i, LANES))
+    for i in range(whole, count):
+        put(weights, i, number(at(a.values, stored + i)))

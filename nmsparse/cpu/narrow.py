@@ -20,7 +20,7 @@ from .threads import done, leave, next_task
 GROUPS = 32  # row groups (of n stored rows) whose sums are kept at a time
 TOKENS = 16  # of a tile, at most
 L1 = 24 << 10  # bytes of planes that serve all those rows before the next ones are loaded
-CACHED = 16 << 20  # bytes of weights that may well be in a cache; more are asked for a row ahead
+CACHED = 8 << 20  # bytes of weights that may well be in a cache; more are asked for a row ahead
 
 
 @njit(cache=True, nogil=True)

@@ -22,6 +22,14 @@ LINE = 16  # elements of a cache line: what is transposed at a time
 
 
 @njit(cache=True, nogil=True)
+def wide_8(a, x, token_ids, tiles, parts, queue, caller, y):
+    """:func:`wide` for tiles of up to 8 tokens."""
+    panel, sums, weights = aligned(panel_columns(a) * 8), aligned((ROWS + a.m) * 8), aligned(chunk_values(a, 8))
+    offsets, planes = aligned(chunk_values(a, 8)).view(np.int32), aligned(chunk_planes(a, 8)).view(np.int32)
+    wide(a, x, token_ids, tiles, parts, queue, caller, y, panel, sums, weights, offsets, planes, 8)
+
+
+@njit(cache=True, nogil=True)
 def wide_32(a, x, token_ids, tiles, parts, queue, caller, y):
     """:func:`wide` for tiles of up to 32 tokens."""
     panel, sums, weights = aligned(panel_columns(a) * 32), aligned((ROWS + a.m) * 32), aligned(chunk_values(a, 32))
