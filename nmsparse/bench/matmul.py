@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import formats
 from ..errors import require
+from ..ops import array
 from . import bar
 from .timing import medians
 
@@ -23,7 +23,7 @@ def run() -> list[dict]:
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         w = rng.standard_normal(shape, np.float32)
-        arrays = {pattern: formats.random(shape, pattern, rng=rng) for pattern in PATTERNS}
+        arrays = {pattern: array(w, pattern) for pattern in PATTERNS}
         for tokens in TOKENS:
             x = rng.standard_normal((tokens, shape[1]), np.float32)
             runs = {"dense": lambda x=x, w=w: x @ w.T}

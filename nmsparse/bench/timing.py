@@ -1,4 +1,4 @@
-"""Fair timing on a CPU: warm up, interleave the candidates, take medians."""
+"""Fair timing on a CPU: warm up, take turns in blocks, take medians."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable
 
 
-def medians(candidates: dict[str, Callable[[], object]], seconds: float = 0.4, least: int = 7) -> dict[str, float]:
-    """Median seconds of each candidate, run in turn so that a disturbance of the machine meets all of them alike.
+def medians(candidates: dict[str, Callable[[], object]], seconds: float = 0.3, rounds: int = 2) -> dict[str, float]:
+    """Median seconds of each candidate, run in blocks of ``seconds`` that take turns.
+
+    Turns, so that a disturbance of the machine meets all of them alike; blocks, because the threads of OpenBLAS go on
+    spinning for a tenth of a second after a product, on the cores that the next candidate needs.
 
     >>> sorted(medians({"a": lambda: None, "b": lambda: None}, seconds=0.001))
     ['a', 'b']
@@ -17,12 +20,14 @@ def medians(candidates: dict[str, Callable[[], object]], seconds: float = 0.4, l
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for run in candidates.values():
         run()
-    start = time.perf_counter()
-    while min(map(len, times.values())) < least or time.perf_counter() - start < seconds * len(candidates):
+    for _ in range(rounds):
         for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
+            start = begin = time.perf_counter()
+            while begin - start < seconds:
+                run()
+                end = time.perf_counter()
+                times[name].append(end - begin)
+                begin = end
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -102,12 +102,10 @@ def _tiles(weights: TwoFour | AnyNM, work: Work) -> dict[Callable, list[tuple[in
         while left:
             if left > 32:
                 kernel, size = wide_64, 64
-            elif left > max(few, 16):
+            elif left > max(few, 8):
                 kernel, size = wide_32, 32
             elif few == 0:
                 kernel, size = wide_8, 8
-            elif left > few:
-                kernel, size = wide_32, 32
             else:
                 kernel, size = (narrow_4, TOKENS) if left > 1 else (narrow_1, 1)
             size = min(size, left)
