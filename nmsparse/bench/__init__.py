@@ -18,6 +18,7 @@ from .. import __version__
 from .timing import processor
 
 SUITES = ("import", "pack", "cpu")
+PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,10 @@ import numpy as np
 
 from ..formats import random
 from ..ops import array
-from . import bar
+from . import PATTERNS, bar
 from .timing import medians
 
 SHAPE = (8192, 4096)
-PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 # A fresh process: its peak is then that of this packing alone. Compile first on a small weight of the same kind.
 MEMORY_PROBE = """

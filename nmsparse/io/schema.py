@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import NMSparseError
+from ..formats import CLASSES
 from ..formats.pattern import FORMATS, Pattern, parse
 from .tensorfile import DTYPES, Tensor, parse_json
 
 SCHEMA = 1
 KEY = "nmsparse"
-BUFFERS = {"nm": ("values", "meta"), "vnm": ("values", "meta", "indices"), "samoyeds": ("values", "meta", "indices")}
 _FLOATS = {DTYPES[code].name: DTYPES[code] for code in ("F16", "BF16", "F32", "F64")}
 
 
@@ -35,7 +35,8 @@ class Entry:
 
     def buffer_names(self, name: str) -> dict[str, str]:
         """Buffer -> name of the tensor that holds it."""
-        return {buffer: f"{name}.{buffer}" for buffer in BUFFERS[self.pattern.format]}
+        layout, *_ = CLASSES[self.pattern.format]._layout(self.pattern, 0, 0)
+        return {buffer: f"{name}.{buffer}" for buffer in layout}
 
 
 def encode(entries: Mapping[str, Entry]) -> str:

@@ -74,8 +74,12 @@ def test_a_worker_that_fails_with_a_task_tells_the_caller(four_threads):
 
     with pytest.raises(RuntimeError, match="lost"):
         four_threads.run(job, 2, MUCH)
+    assert_usable(four_threads)
+
+
+def assert_usable(team):
     marks = np.zeros(5, np.int64)
-    four_threads.run(lambda queue, caller: mark(5, queue, caller, marks), 5, MUCH)
+    team.run(lambda queue, caller: mark(5, queue, caller, marks), 5, MUCH)
     assert (marks == 1).all()
 
 
@@ -86,9 +90,7 @@ def test_the_callers_own_error_leaves_the_team_usable(four_threads):
 
     with pytest.raises(KeyError, match="mine"):
         four_threads.run(job, 2, MUCH)
-    marks = np.zeros(5, np.int64)
-    four_threads.run(lambda queue, caller: mark(5, queue, caller, marks), 5, MUCH)
-    assert (marks == 1).all()
+    assert_usable(four_threads)
 
 
 def test_the_caller_does_not_wait_for_a_worker_that_has_no_task(four_threads):
