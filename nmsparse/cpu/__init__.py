@@ -3,7 +3,7 @@
 ===============  ======================================================================================
 ``simd``         vectors as values, one LLVM instruction a word: what the kernels are written in
 ``pick``         the word that reads the two metadata bits; ``llvm``: what both are made of
-``threads``      a team of sleeping threads that share the tasks of one call
+``threads``      a team of threads that share the tasks of one call; ``doorbell``: how, without Python
 ``storage``      16-bit floats as integers; ``operand``: every format as one of two structures
 ``planes``       what the stored values of a row can meet, laid out for ``pick``
 ``narrow``       few tokens: lanes along K, each weight read once

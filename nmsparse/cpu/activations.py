@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import numpy as np
 from numba import njit
 
+from .doorbell import next_task, share
 from .operand import INLINED
-from .simd import address
-from .threads import done, next_task, team
+from .threads import team
 
 # The functions of ``nmsparse.reference.ACTIVATIONS``, by number, since a kernel takes no function.
 NUMBERS = {name: i for i, name in enumerate(("silu", "gelu", "gelu_tanh", "relu", "relu2", "identity"))}
@@ -30,15 +29,19 @@ def activate(h: np.ndarray, width: int, activation: str) -> np.ndarray:
     out = np.empty((len(h), width), np.float32)
     if not out.size:
         return out
-    job = partial(_activate, np.ascontiguousarray(h), h.shape[1] == 2 * width, NUMBERS[activation], out)
-    team.run(lambda queue, caller: job(queue), tasks=-(-len(h) // _ROWS), cost=_COST * out.size)
+    tasks, gated = -(-len(h) // _ROWS), h.shape[1] == 2 * width
+    team.run(_activate, tasks, _COST * out.size, np.ascontiguousarray(h), gated, NUMBERS[activation], out)
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _activate(h, gated, kind, out, queue):
+@njit(cache=True, nogil=True)
+def _activate(bell, wake, *job):
+    return share(bell, wake, _activate_rows, job)
+
+
+@njit(**INLINED)
+def _activate_rows(queue, h, gated, kind, out):
     rows, width = out.shape
-    queue = address(queue)
     first = next_task(queue) * _ROWS
     while first < rows:
         for row in range(first, min(first + _ROWS, rows)):
@@ -51,7 +54,6 @@ def _activate(h, gated, kind, out, queue):
             if gated:
                 for column in range(width):
                     out[row, column] *= h[row, width + column]
-        done(queue)
         first = next_task(queue) * _ROWS
 
 

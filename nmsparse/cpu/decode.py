@@ -9,13 +9,14 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from .operand import INLINED, TwoFour, scattered
+from .operand import INLINED, TwoFour, row_values, scattered
 from .panel import add_run
 from .pick import CANDIDATES, candidates, pick, word
 from .planes import COLUMNS, LANES, blocks, fill_offsets
-from .simd import at, load, number, put, store, widen
+from .simd import at, load, number, prefetch, put, store, widen
 
 CHUNK = 8192  # elements of a panel: 32 KiB
+AHEAD = 4  # rows: the next chunk of a row is far from this one, and no hardware foresees it
 
 
 def panel_columns(a):
@@ -116,9 +117,11 @@ def add_two_four(a, expert, group, until, panel, sums, weights, offsets, planes,
 @njit(**INLINED)
 def decode_two_four(a, w, left, right, weights, offsets, planes):
     """Blocks ``left`` to ``right`` of the row whose words start at ``w``."""
+    prefetch(a.meta, w + 2 * left + AHEAD * a.words)
     for block in range(left, right):
         i, v = LANES * (block - left), w + 2 * block
         columns = candidates(planes, CANDIDATES * i, LANES)
+        prefetch(a.values, 8 * v + AHEAD * row_values(a))
         if 2 * block + 1 < a.words:
             store(offsets, i, pick(word(a.meta, v), columns))
             store(weights, i, load(a.values, 8 * v, 16))
@@ -145,6 +148,9 @@ def add_any_nm(a, expert, group, until, panel, sums, weights, offsets, starts, t
 @njit(**INLINED)
 def decode_any_nm(a, stored, count, weights, offsets, starts, tokens):
     """``count`` values from number ``stored`` on."""
+    for i in range(0, count, LANES):
+        prefetch(a.values, stored + i + AHEAD * row_values(a))
+    prefetch(a.meta, stored + AHEAD * row_values(a))
     for i in range(count):
         put(offsets, i, np.int32(at(starts, i) + np.int32(at(a.meta, stored + i)) * np.int32(tokens)))
     whole = count // LANES * LANES

@@ -85,18 +85,13 @@ def _multiply(a: Any, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarr
         parts = max(1, min(_TASKS * count() // len(tiles), height // _ROWS))
         cost = sum(tile[2] for tile in tiles) * a.nnz // (a.shape[0] if a.ndim == 3 else 1)
         numbers = np.array(tiles, np.int64)
-
-        def job(queue: np.ndarray, caller: bool, kernel=kernel, numbers=numbers, parts=parts) -> None:
-            kernel(weights, x, token_ids, numbers, parts, queue, caller, y)
-
-        team.run(job, len(tiles) * parts, cost)
+        team.run(kernel, len(tiles) * parts, cost, weights, x, token_ids, numbers, parts, y)
     return y
 
 
 def _tiles(weights: TwoFour | AnyNM, work: Work) -> dict[Callable, list[tuple[int, int, int]]]:
     """Which kernel runs which tiles."""
-    # The narrow kernels pass over 32 columns at a time, and those must not belong to different rows.
-    few = _NARROW if isinstance(weights, TwoFour) and (weights.runs <= 1 or weights.run % COLUMNS == 0) else 0
+    few = _NARROW if _suits_narrow(weights) else 0
     plan: dict[Callable, list[tuple[int, int, int]]] = {}
     for expert, first, left in work:
         while left:
@@ -112,6 +107,13 @@ def _tiles(weights: TwoFour | AnyNM, work: Work) -> dict[Callable, list[tuple[in
             plan.setdefault(kernel, []).append((expert, first, size))
             first, left = first + size, left - size
     return plan
+
+
+def _suits_narrow(weights: TwoFour | AnyNM) -> bool:
+    if isinstance(weights, AnyNM):
+        return AVX512 and weights.together > 0
+    # The narrow kernels pass over 32 columns at a time, and those must not belong to different rows.
+    return weights.runs <= 1 or weights.run % COLUMNS == 0
 
 
 def _multiply_dense(a: np.ndarray, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarray | None) -> np.ndarray:

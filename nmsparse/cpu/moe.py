@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,10 @@ from numba import njit
 
 from ..formats import RaggedTokens
 from .activations import activate
+from .doorbell import next_task, share
 from .matmul import grouped_matmul
-from .simd import address
-from .threads import done, next_task, team
+from .operand import INLINED
+from .threads import team
 
 _TOKENS = 16  # of a task
 
@@ -36,15 +36,18 @@ def moe_forward(
     place = np.empty(topk_weights.size, np.int64)  # of each slot of the routing among the rows sorted by expert
     place[ragged.slots] = np.arange(place.size)
     out = np.empty((ragged.num_tokens, down.shape[1]), np.float32)
-    job = partial(_combine, y, place.reshape(topk_weights.shape), topk_weights, out)
-    team.run(lambda queue, caller: job(queue), tasks=-(-len(out) // _TOKENS), cost=y.size)
+    team.run(_combine, -(-len(out) // _TOKENS), y.size, y, place.reshape(topk_weights.shape), topk_weights, out)
     return out
 
 
 @njit(cache=True, nogil=True)
-def _combine(y, place, weights, out, queue):
+def _combine(bell, wake, *job):
+    return share(bell, wake, _combine_rows, job)
+
+
+@njit(**INLINED)
+def _combine_rows(queue, y, place, weights, out):
     tokens, width = out.shape
-    queue = address(queue)
     first = next_task(queue) * _TOKENS
     while first < tokens:
         for token in range(first, min(first + _TOKENS, tokens)):
@@ -54,5 +57,4 @@ def _combine(y, place, weights, out, queue):
                 weight, term = weights[token, j], y[place[token, j]]
                 for column in range(width):
                     row[column] += weight * term[column]
-        done(queue)
         first = next_task(queue) * _TOKENS

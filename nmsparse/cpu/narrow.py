@@ -10,42 +10,52 @@ import numpy as np
 from numba import njit
 from numba.extending import overload
 
-from .operand import INLINED, addresses, scattered
+from .doorbell import next_task, share
+from .operand import INLINED, TwoFour, addresses, row_values, scattered
 from .panel import row_of
-from .pick import CANDIDATES, candidates, pick, word
-from .planes import COLUMNS, LANES, aligned, blocks, fill_tokens
+from .pick import CANDIDATES, candidates, fma_first, load_first, pick, positions, word
+from .planes import COLUMNS, LANES, aligned, block_values, blocks, fill_tokens
 from .simd import add, address, at, fma, lane_sums, load, offset, prefetch, put, repeat, splat, store, widen
-from .threads import done, leave, next_task
 
 GROUPS = 32  # row groups (of n stored rows) whose sums are kept at a time
 TOKENS = 16  # of a tile, at most
 L1 = 24 << 10  # bytes of planes that serve all those rows before the next ones are loaded
-CACHED = 8 << 20  # bytes of weights that may well be in a cache; more are asked for a row ahead
+CACHED = 1 << 20  # bytes of weights that may well be in the core's own cache; more are asked for a row ahead
 
 
 @njit(cache=True, nogil=True)
-def narrow_1(a, x, token_ids, tiles, parts, queue, caller, y):
-    """:func:`narrow` for tiles of one token."""
-    planes, sums = aligned(CANDIDATES * 16 * blocks(a)), aligned((GROUPS * a.m + a.m + 15) * 16)
-    narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, np.empty(1, np.int64), 1, 16)
+def narrow_1(bell, wake, *job):
+    """:func:`narrow` for tiles of one token, shared by a team; ``job`` is ``a, x, token_ids, tiles, parts, y``."""
+    return share(bell, wake, _narrow_1, job)
 
 
 @njit(cache=True, nogil=True)
-def narrow_4(a, x, token_ids, tiles, parts, queue, caller, y):
-    """:func:`narrow` for tiles of up to ``TOKENS`` tokens, four at a time."""
-    planes, sums = aligned(CANDIDATES * 16 * TOKENS * blocks(a)), aligned((GROUPS * a.m + a.m + 3) * 64)
-    narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, np.empty(4, np.int64), 4, 64)
+def narrow_4(bell, wake, *job):
+    """The same for tiles of up to ``TOKENS`` tokens, four at a time."""
+    return share(bell, wake, _narrow_4, job)
 
 
 @njit(**INLINED)
-def narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, starts, tokens, lanes):
+def _narrow_1(queue, a, x, token_ids, tiles, parts, y):
+    planes, sums = aligned(CANDIDATES * 16 * blocks(a)), aligned((GROUPS * a.m + a.m + 15) * 16)
+    narrow(queue, a, x, token_ids, tiles, parts, y, planes, sums, np.empty(1, np.int64), 1, 16)
+
+
+@njit(**INLINED)
+def _narrow_4(queue, a, x, token_ids, tiles, parts, y):
+    planes, sums = aligned(CANDIDATES * 16 * TOKENS * blocks(a)), aligned((GROUPS * a.m + a.m + 3) * 64)
+    narrow(queue, a, x, token_ids, tiles, parts, y, planes, sums, np.empty(4, np.int64), 4, 64)
+
+
+@njit(**INLINED)
+def narrow(queue, a, x, token_ids, tiles, parts, y, planes, sums, starts, tokens, lanes):
     """Rows of ``y`` for tiles of tokens, ``tokens`` at a time. A task is a tile and one of ``parts`` of the rows.
 
     ``lanes`` is 16 * ``tokens``; both are literals, from here down.
     """
-    ahead = 8 * a.words if a.values.size * a.values.itemsize > CACHED else 0
+    ahead = row_values(a) if a.values.size * a.values.itemsize > CACHED else 0
     a, tasks, width, height = addresses(a), len(tiles) * parts, x.shape[1], y.shape[1]
-    x, y, planes, sums, queue = address(x), address(y), address(planes), address(sums), address(queue)
+    x, y, planes, sums = address(x), address(y), address(planes), address(sums)
     starts = address(starts)
     groups, size = a.height // a.n, CANDIDATES * lanes * blocks(a)
     ready = -1
@@ -74,9 +84,7 @@ def narrow(a, x, token_ids, tiles, parts, queue, caller, y, planes, sums, starts
                     for row in range(bottom - top):
                         put(y, (first + t + i) * height + top + row, at(sums, row * tokens + i))
             group = until
-        done(queue)
         task = next_task(queue)
-    leave(queue, tasks, caller)
 
 
 def add_products(a, expert, group, until, planes, sums, ahead, tokens, lanes):
@@ -95,10 +103,10 @@ def _by_tokens(a, expert, group, until, planes, sums, ahead, tokens, lanes):
             dense += a.m
 
     def by_pairs(a, expert, group, until, planes, sums, ahead, tokens, lanes):
-        columns, chunk = 16 * a.words, max(COLUMNS, L1 // (4 * CANDIDATES * lanes) * COLUMNS)
-        for start in range(0, columns, chunk):
+        chunk = max(1, L1 // (4 * CANDIDATES * lanes))
+        for start in range(0, blocks(a), chunk):
             for row in range(group * a.n, until * a.n, 2):
-                stop = min(start + chunk, columns)
+                stop = min(start + chunk, blocks(a))
                 add_pair(a, expert, group, row, until * a.n, start, stop, planes, sums, 2 * ahead, tokens, lanes)
 
     return by_rows if tokens.literal_value == 1 else by_pairs
@@ -107,29 +115,28 @@ def _by_tokens(a, expert, group, until, planes, sums, ahead, tokens, lanes):
 @njit(**INLINED)
 def add_row(a, stored, dense, planes, sums, ahead):
     """One stored row times one token, two sums in flight."""
-    w = stored * a.words
-    start, run = 0, 0
-    while start < 16 * a.words:
-        end = min(16 * a.words, start + a.run)
+    whole = row_values(a) // block_values(a)
+    block, run = 0, 0
+    while block < blocks(a):
+        stop = min(blocks(a), (run + 1) * run_blocks(a))
         even = splat(np.float32(0), LANES)
         odd = even
-        block, last = start // COLUMNS, end // COLUMNS
-        while block + 2 <= last:
-            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
-            odd = add_block(odd, a, w + 2 * block + 2, meets(planes, block + 1, LANES), ahead, 1)
+        while block + 2 <= min(stop, whole):
+            even = add_block(even, a, stored, block, meets(planes, block, LANES), ahead, 1)
+            odd = add_block(odd, a, stored, block + 1, meets(planes, block + 1, LANES), ahead, 1)
             block += 2
-        if block < last:
-            even = add_block(even, a, w + 2 * block, meets(planes, block, LANES), ahead, 1)
-        if end % COLUMNS:
-            odd = add_half_block(odd, a, w + 2 * last, meets(planes, last, LANES), 1)
+        if block < min(stop, whole):
+            even = add_block(even, a, stored, block, meets(planes, block, LANES), ahead, 1)
+        if whole < stop:
+            odd = add_last_block(odd, a, stored, whole, meets(planes, whole, LANES), 1)
         add_to(sums, scattered(a, stored, run, dense) * LANES, add(even, odd), LANES)
-        start = end
+        block = stop
         run += 1
 
 
 @njit(**INLINED)
 def add_pair(a, expert, group, row, rows, start, stop, planes, sums, ahead, tokens, lanes):
-    """Stored rows ``row`` and ``row + 1``, stored columns ``start`` to ``stop``.
+    """Stored rows ``row`` and ``row + 1``, blocks ``start`` to ``stop``.
 
     If ``row`` is the last, it is its own partner, whose sums go where nobody reads them.
     """
@@ -137,25 +144,30 @@ def add_pair(a, expert, group, row, rows, start, stop, planes, sums, ahead, toke
     stored, other = expert * a.height + row, expert * a.height + partner
     dense = (row // a.n - group) * a.m
     dense_other = (partner // a.n - group) * a.m if partner > row else nobody
-    w, v = stored * a.words, other * a.words
-    run = start // a.run
+    whole = row_values(a) // block_values(a)
+    run = start // run_blocks(a)
     while start < stop:
-        end = min(stop, (run + 1) * a.run)
+        end = min(stop, (run + 1) * run_blocks(a))
         s = splat(np.float32(0), lanes)
         r = s
-        for block in range(start // COLUMNS, end // COLUMNS):
+        for block in range(start, min(end, whole)):
             met = meets(planes, block, lanes)
-            s = add_block(s, a, w + 2 * block, met, ahead, tokens)
-            r = add_block(r, a, v + 2 * block, met, ahead, tokens)
-        if end % COLUMNS:
-            last = end // COLUMNS
-            met = meets(planes, last, lanes)
-            s = add_half_block(s, a, w + 2 * last, met, tokens)
-            r = add_half_block(r, a, v + 2 * last, met, tokens)
+            s = add_block(s, a, stored, block, met, ahead, tokens)
+            r = add_block(r, a, other, block, met, ahead, tokens)
+        if whole < end:
+            met = meets(planes, whole, lanes)
+            s = add_last_block(s, a, stored, whole, met, tokens)
+            r = add_last_block(r, a, other, whole, met, tokens)
         add_to(sums, scattered(a, stored, run, dense) * lanes, s, lanes)
         add_to(sums, scattered(a, other, run, dense_other) * lanes, r, lanes)
         start = end
         run += 1
+
+
+@njit(**INLINED)
+def run_blocks(a):
+    """Blocks that belong to the same dense row, at most."""
+    return -(-a.run // COLUMNS)
 
 
 @njit(**INLINED)
@@ -164,18 +176,50 @@ def meets(planes, block, lanes):
     return candidates(planes, CANDIDATES * lanes * block, lanes)
 
 
-@njit(**INLINED)
-def add_block(total, a, w, met, ahead, tokens):
-    """``total`` plus the products of the 16 values of words ``w`` and ``w + 1`` with what they meet."""
-    if ahead:
-        prefetch(a.values, 8 * w + ahead)
-    return fma(repeat(load(a.values, 8 * w, 16), tokens), pick(word(a.meta, w), met), total)
+def add_block(total, a, stored, block, met, ahead, tokens):
+    """``total`` plus the products of the values of a ``block`` of row ``stored`` with what they meet."""
+    raise NotImplementedError("for compiled code")
+
+
+def add_last_block(total, a, stored, block, met, tokens):
+    """The same where a row ends inside the block: what comes after it is not to be read."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(add_block, prefer_literal=True, jit_options=INLINED)
+def _add_block(total, a, stored, block, met, ahead, tokens):
+    def two_four(total, a, stored, block, met, ahead, tokens):
+        w = stored * a.words + 2 * block
+        if ahead:
+            prefetch(a.values, 8 * w + ahead)
+        return fma(repeat(load(a.values, 8 * w, 16), tokens), pick(word(a.meta, w), met), total)
+
+    def any_nm(total, a, stored, block, met, ahead, tokens):
+        if ahead:
+            prefetch(a.values, stored * row_values(a) + block * block_values(a) + ahead)
+        return add_some(total, a, stored, block, met, block_values(a), tokens)
+
+    return two_four if a.instance_class is TwoFour else any_nm
+
+
+@overload(add_last_block, prefer_literal=True, jit_options=INLINED)
+def _add_last_block(total, a, stored, block, met, tokens):
+    def two_four(total, a, stored, block, met, tokens):
+        w = stored * a.words + 2 * block
+        return fma(repeat(widen(load(a.values, 8 * w, 8), 16), tokens), pick(at(a.meta, w), met), total)
+
+    def any_nm(total, a, stored, block, met, tokens):
+        return add_some(total, a, stored, block, met, row_values(a) - block * block_values(a), tokens)
+
+    return two_four if a.instance_class is TwoFour else any_nm
 
 
 @njit(**INLINED)
-def add_half_block(total, a, w, met, tokens):
-    """The same where ``w`` is the last word of a row: what comes after it is not to be read."""
-    return fma(repeat(widen(load(a.values, 8 * w, 8), 16), tokens), pick(at(a.meta, w), met), total)
+def add_some(total, a, stored, block, met, count, tokens):
+    """:func:`add_block` of an :class:`~nmsparse.cpu.operand.AnyNM`, the first ``count`` values."""
+    i = stored * row_values(a) + block * block_values(a)
+    columns = add(load(a.starts, 0, LANES), positions(a.meta, i, count))
+    return fma_first(repeat(load_first(a.values, i, count), tokens), pick(columns, met), total, count)
 
 
 @njit(**INLINED)

@@ -7,6 +7,7 @@ A 2:4 matrix, a V:N:M one and a Samoyeds one are the same thing to a processor: 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,14 +40,21 @@ class TwoFour(NamedTuple):
 
 
 class AnyNM(NamedTuple):
-    """E matrices of ``height`` rows that keep some of every few columns, but not 2:4: the canonical buffers, flat."""
+    """E matrices of ``height`` rows that keep some of every few columns, but not 2:4: the canonical buffers, flat.
+
+    A *block* is as many groups as fit into what one AVX-512 permute can reach: 16 stored values of 32 columns.
+    """
 
     values: np.ndarray  # ``keep * groups`` for each row
     meta: np.ndarray  # uint8, as many: position inside the group
+    starts: np.ndarray  # int32: first column of the group of each of 16 stored values of a block
     height: int
     groups: int
     keep: int  # stored columns of
     every: int  # dense columns
+    together: int  # groups of a block; 0 if a group is too large
+    block: int  # rows that gather the same columns: all
+    run: int  # stored columns that belong to the same dense row: all
     n: int  # stored rows of
     m: int  # dense rows: 1 of 1
 
@@ -56,7 +64,9 @@ def operand(a: Any) -> TwoFour | AnyNM:
     pattern, (height, width) = a.pattern, a.values.shape[-2:]
     values, meta = as_storage(a.values, "values").reshape(-1), a.meta.reshape(-1)
     if pattern.format == "nm" and (pattern.n, pattern.m) != (2, 4):
-        return AnyNM(values, meta, height, width // pattern.n, pattern.n, pattern.m, 1, 1)
+        n, m = pattern.n, pattern.m
+        groups = width // n
+        return AnyNM(values, meta, _starts(n, m), height, groups, n, m, min(16 // n, 32 // m), height, groups * m, 1, 1)
     none, words = np.zeros(0, np.uint8), width // 8
     if pattern.format == "vnm":
         columns = a.indices.reshape(-1)
@@ -65,6 +75,12 @@ def operand(a: Any) -> TwoFour | AnyNM:
         rows, runs = a.indices.reshape(-1), a.indices.shape[-1]
         return TwoFour(values, meta, none, rows, height, words, height, 0, pattern.v, runs, pattern.n, pattern.m)
     return TwoFour(values, meta, none, none, height, words, height, 0, 2 * width, 0, 1, 1)
+
+
+@lru_cache
+def _starts(n: int, m: int) -> np.ndarray:
+    """First column of the group of each value of a block of n:m."""
+    return (np.arange(16) // n * m).astype(np.int32)
 
 
 def addresses(a):
@@ -79,12 +95,36 @@ def _addresses(a):
         return TwoFour(values, meta, columns, rows, a.height, a.words, a.block, a.spread, a.run, a.runs, a.n, a.m)
 
     def any_nm(a):
-        return AnyNM(address(a.values), address(a.meta), a.height, a.groups, a.keep, a.every, a.n, a.m)
+        values, meta, starts = address(a.values), address(a.meta), address(a.starts)
+        shape = a.height, a.groups, a.keep, a.every, a.together
+        return AnyNM(values, meta, starts, *shape, a.block, a.run, a.n, a.m)
 
     return two_four if a.instance_class is TwoFour else any_nm
 
 
-# --- what follows is for a TwoFour with addresses --------------------------------------------------------------------
+# --- what follows is for an operand with addresses -------------------------------------------------------------------
+
+
+def row_values(a):
+    """Stored values of a row."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(row_values, jit_options=INLINED)
+def _row_values(a):
+    return (lambda a: 8 * a.words) if a.instance_class is TwoFour else (lambda a: a.groups * a.keep)
+
+
+def scattered(a, row, run, dense):
+    """The dense row that a stored ``row`` belongs to in a ``run``; ``dense`` is the first that it can belong to."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(scattered, jit_options=INLINED)
+def _scattered(a, row, run, dense):
+    if a.instance_class is TwoFour:
+        return lambda a, row, run, dense: dense + at(a.rows, row * a.runs + run) if a.runs else dense
+    return lambda a, row, run, dense: dense
 
 
 @njit(**INLINED)
@@ -99,9 +139,3 @@ def dense_column(a, start, column):
     if a.spread == 0:
         return column
     return column // 4 * a.spread + at(a.columns, start + column)
-
-
-@njit(**INLINED)
-def scattered(a, row, run, dense):
-    """The dense row that a stored ``row`` belongs to in a ``run``; ``dense`` is the first that it can belong to."""
-    return dense + at(a.rows, row * a.runs + run) if a.runs else dense

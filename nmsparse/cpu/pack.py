@@ -14,10 +14,11 @@ from numba import njit
 from ..errors import NMSparseError
 from ..formats import CLASSES, Pattern, parse
 from ..formats.nm import is_24
+from .doorbell import next_task, share
 from .operand import INLINED
-from .simd import address, number
+from .simd import number
 from .storage import as_storage
-from .threads import done, next_task, team
+from .threads import team
 
 _STRIPE = 64  # rows of a task, rounded up to what is decided together
 _PADDING = np.float32(-np.inf)
@@ -47,17 +48,15 @@ def pack(w: np.ndarray, pattern: str | Pattern, scores: np.ndarray | None = None
     stripe = -(-_STRIPE // pattern.rows) * pattern.rows
     head = experts(source), ranks, stripe, values, meta
 
-    def job(queue: np.ndarray, caller: bool) -> None:
-        if pattern.format == "vnm":
-            _pack_vnm(queue, *head, experts(buffers["indices"]), pattern.v, pattern.m)
-        elif pattern.format == "samoyeds":
-            _pack_samoyeds(queue, *head, experts(buffers["indices"]), pattern.n, pattern.m, pattern.v)
-        elif is_24(pattern):
-            _pack_24(queue, *head)
-        else:
-            _pack_nm(queue, *head, pattern.n, pattern.m)
-
-    team.run(job, tasks=len(values) * -(-w.shape[-2] // stripe), cost=8 * w.size)
+    size = len(values) * -(-w.shape[-2] // stripe), 8 * w.size  # tasks, cost
+    if pattern.format == "vnm":
+        team.run(_pack_vnm, *size, *head, experts(buffers["indices"]), pattern.v, pattern.m)
+    elif pattern.format == "samoyeds":
+        team.run(_pack_samoyeds, *size, *head, experts(buffers["indices"]), pattern.n, pattern.m, pattern.v)
+    elif is_24(pattern):
+        team.run(_pack_24, *size, *head)
+    else:
+        team.run(_pack_nm, *size, *head, pattern.n, pattern.m)
     return buffers
 
 
@@ -70,12 +69,16 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 @njit(cache=True, nogil=True)
-def _pack_24(queue, w, ranks, stripe, values, meta):
+def _pack_24(bell, wake, *job):
+    return share(bell, wake, _rows_24, job)
+
+
+@njit(**INLINED)
+def _rows_24(queue, w, ranks, stripe, values, meta):
     experts, height, _ = w.shape
     groups = 4 * meta.shape[2]
     scores, pairs = np.empty(4 * groups, np.float32), np.empty(groups, np.uint8)
     stripes = -(-height // stripe)
-    queue = address(queue)
     task = next_task(queue)
     while task < experts * stripes:
         e, top = task // stripes, task % stripes * stripe
@@ -83,17 +86,20 @@ def _pack_24(queue, w, ranks, stripe, values, meta):
             _rank(scores, w, ranks, e, row, 0, 4 * groups)
             _choose_pairs(pairs, scores, groups)
             _put_pairs(values[e, row], meta[e, row], pairs, w, e, row, 0, groups)
-        done(queue)
         task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_nm(queue, w, ranks, stripe, values, meta, n, m):
+def _pack_nm(bell, wake, *job):
+    return share(bell, wake, _rows_nm, job)
+
+
+@njit(**INLINED)
+def _rows_nm(queue, w, ranks, stripe, values, meta, n, m):
     experts, height, width = w.shape
     groups = meta.shape[2] // n
     scores, kept = np.empty(groups * m, np.float32), np.empty(m, np.bool_)
     stripes = -(-height // stripe)
-    queue = address(queue)
     task = next_task(queue)
     while task < experts * stripes:
         e, top = task // stripes, task % stripes * stripe
@@ -108,18 +114,21 @@ def _pack_nm(queue, w, ranks, stripe, values, meta, n, m):
                         values[e, row, i] = w[e, row, column] if column < width else 0
                         meta[e, row, i] = j
                         i += 1
-        done(queue)
         task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_vnm(queue, w, ranks, stripe, values, meta, indices, v, m):
+def _pack_vnm(bell, wake, *job):
+    return share(bell, wake, _rows_vnm, job)
+
+
+@njit(**INLINED)
+def _rows_vnm(queue, w, ranks, stripe, values, meta, indices, v, m):
     experts, height, width = w.shape
     groups = indices.shape[2]
     scores, sums, kept = np.empty(groups * m, np.float32), np.empty(groups * m), np.empty(m, np.bool_)
     condensed, pairs = np.empty(4 * groups, np.float32), np.empty(groups, np.uint8)
     stripes = -(-height // stripe)
-    queue = address(queue)
     task = next_task(queue)
     while task < experts * stripes:
         e, start = task // stripes, task % stripes * stripe
@@ -150,12 +159,16 @@ def _pack_vnm(queue, w, ranks, stripe, values, meta, indices, v, m):
                     values[e, row, 2 * group] = _element(w, e, row, left + columns[group, first])
                     values[e, row, 2 * group + 1] = _element(w, e, row, left + columns[group, second])
                 _put_words(meta[e, row], pairs, 0, groups)
-        done(queue)
         task = next_task(queue)
 
 
 @njit(cache=True, nogil=True)
-def _pack_samoyeds(queue, w, ranks, stripe, values, meta, indices, n, m, v):
+def _pack_samoyeds(bell, wake, *job):
+    return share(bell, wake, _rows_samoyeds, job)
+
+
+@njit(**INLINED)
+def _rows_samoyeds(queue, w, ranks, stripe, values, meta, indices, n, m, v):
     experts, height, _ = w.shape
     width = 16 * meta.shape[2]
     size = min(v, width)
@@ -163,7 +176,6 @@ def _pack_samoyeds(queue, w, ranks, stripe, values, meta, indices, n, m, v):
     worth, kept = np.empty(m), np.empty(m, np.bool_)
     padded = values.shape[1] // n * m
     stripes = -(-height // stripe)
-    queue = address(queue)
     task = next_task(queue)
     while task < experts * stripes:
         e, start = task // stripes, task % stripes * stripe
@@ -184,7 +196,6 @@ def _pack_samoyeds(queue, w, ranks, stripe, values, meta, indices, n, m, v):
                         indices[e, row, run] = i
                         _put_pairs(values[e, row], meta[e, row], pairs[i], w, e, top + i, left // 4, groups)
                         row += 1
-        done(queue)
         task = next_task(queue)
 
 

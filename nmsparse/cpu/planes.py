@@ -1,4 +1,4 @@
-"""What each stored value of a 2:4 row can meet, laid out as the kernels load it.
+"""What each stored value of a row can meet, laid out as the kernels load it.
 
 The stored columns go in blocks of 32: 8 groups, 16 stored values. :func:`~nmsparse.cpu.pick.pick` finds out what each
 of the 16 meets. With AVX-512 it looks it up among the 32 columns themselves: two vectors. Without, it chooses among
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
+from numba.extending import overload
 
-from .operand import INLINED, dense_column, gathered
+from .operand import INLINED, TwoFour, dense_column, gathered, row_values
 from .pick import CANDIDATES
 from .simd import at, load, put, store
 
@@ -22,8 +23,18 @@ LANES = 16  # of a vector of candidates: the stored values of a block
 
 @njit(**INLINED)
 def blocks(a):
-    """Blocks that a stored row takes; the last may be half full."""
-    return (a.words + 1) // 2
+    """Blocks that a stored row takes; the last may not be full."""
+    return -(-row_values(a) // block_values(a))
+
+
+def block_values(a):
+    """Stored values of a block."""
+    raise NotImplementedError("for compiled code")
+
+
+@overload(block_values, jit_options=INLINED)
+def _block_values(a):
+    return (lambda a: LANES) if a.instance_class is TwoFour else (lambda a: a.together * a.keep)
 
 
 @njit(**INLINED)
@@ -47,12 +58,44 @@ def put_group(planes, block, group, t, tokens, c0, c1, c2, c3):
         put(planes, i + 2 * vector + 1, c3)
 
 
-@njit(**INLINED)
 def fill_tokens(planes, a, expert, row, x, width, starts, tokens):
     """The planes of ``tokens`` tokens side by side, as the stored rows around ``row`` see them.
 
     Token t is the ``width`` elements of ``x`` from ``starts[t]`` on.
     """
+    raise NotImplementedError("for compiled code")
+
+
+@overload(fill_tokens, jit_options=INLINED)
+def _fill_tokens(planes, a, expert, row, x, width, starts, tokens):
+    def two_four(planes, a, expert, row, x, width, starts, tokens):
+        fill_two_four(planes, a, expert, row, x, width, starts, tokens)
+
+    def any_nm(planes, a, expert, row, x, width, starts, tokens):
+        fill_any_nm(planes, a, x, width, starts, tokens)
+
+    return two_four if a.instance_class is TwoFour else any_nm
+
+
+@njit(**INLINED)
+def fill_any_nm(planes, a, x, width, starts, tokens):
+    """:func:`fill_tokens` of an :class:`AnyNM`: 32 columns for each block, though it may reach fewer."""
+    for block in range(blocks(a)):
+        column = block * a.together * a.every
+        for t in range(tokens):
+            i, source = LANES * (2 * tokens * block + t), at(starts, t)
+            if column + COLUMNS <= width:
+                store(planes, i, load(x, source + column, LANES))
+                store(planes, i + LANES * tokens, load(x, source + column + LANES, LANES))
+            else:
+                for lane in range(LANES):
+                    put(planes, i + lane, element(x, source, column + lane, width))
+                    put(planes, i + LANES * tokens + lane, element(x, source, column + LANES + lane, width))
+
+
+@njit(**INLINED)
+def fill_two_four(planes, a, expert, row, x, width, starts, tokens):
+    """:func:`fill_tokens` of a :class:`TwoFour`."""
     block = 0
     if CANDIDATES == 2 and a.spread == 0:  # whole blocks as they are
         while COLUMNS * (block + 1) <= width:

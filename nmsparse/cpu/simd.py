@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import llvm
-from .llvm import FLOAT, INT, LONG, Vector
+from .llvm import FLOAT, INT, Vector
 
 # --- from and to memory ----------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def add(typingctx, a, b):
     """``a + b``, lane by lane."""
 
     def codegen(context, builder, signature, args):
-        return builder.fadd(*args)
+        return builder.fadd(*args) if a.element == types.float32 else builder.add(*args)
 
     return a(a, b), codegen
 
@@ -205,27 +205,3 @@ def number(typingctx, stored):
         return builder.extract_element(value, INT(0))
 
     return types.float32(stored), codegen
-
-
-# --- threads ---------------------------------------------------------------------------------------------------------
-
-
-@intrinsic
-def increment(typingctx, memory, index):
-    """``memory[index]++`` as one step that no other thread can come between; the number it was before."""
-
-    def codegen(context, builder, signature, args):
-        one = LONG(1)
-        return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), one, "seq_cst")
-
-    return types.int64(memory, types.intp), codegen
-
-
-@intrinsic
-def receive(typingctx, memory, index):
-    """``memory[index]``; whoever incremented it to this has done all that it did before."""
-
-    def codegen(context, builder, signature, args):
-        return builder.load_atomic(builder.gep(args[0], [args[1]]), "acquire", align=8)
-
-    return types.int64(memory, types.intp), codegen

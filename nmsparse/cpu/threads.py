@@ -2,9 +2,8 @@
 
 Numba's own threads are not used. OpenMP's spin after a parallel region, as do those of the BLAS behind NumPy, and a
 program that alternates between the two spends milliseconds per call while they fight over the cores; the workqueue
-layer takes longer to wake than a small product takes to run, and is not thread-safe. Here a worker sleeps on a lock
-and wakes in some ten microseconds. What it runs is compiled code that has released the GIL, and the calling thread
-waits for the tasks, not for the worker: one that wakes too late finds nothing left and costs nothing.
+layer takes longer to wake than a small product takes to run, and is not thread-safe. Here a worker looks out for the
+next call for a moment, long enough for the next layer of a model, and then sleeps: see ``doorbell``.
 """
 
 from __future__ import annotations
@@ -13,83 +12,15 @@ import contextlib
 import ctypes
 import os
 import threading
-import time
 from collections.abc import Callable
+from typing import Any
 
 import numba
-import numpy as np
-from numba import njit
 
-from .simd import increment, receive
+from . import doorbell
 
-_WORTH_SHARING = 400_000  # multiply-adds, some 20 µs of one core: less runs faster on the calling thread
-_NEXT, _DONE, _LEFT = 0, 8, 16  # where a queue counts tasks taken, tasks done, callers gone: each its own cache line
-_PATIENCE = 200_000  # looks at a queue before a thread gives up, about a nanosecond each
-
-
-@njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def next_task(queue):
-    """The number of a task, different for every thread that asks. Every task taken is to be reported :func:`done`."""
-    return increment(queue, _NEXT)
-
-
-@njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def done(queue):
-    """Report a task finished."""
-    increment(queue, _DONE)
-
-
-@njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-def leave(queue, tasks, caller):
-    """The end of a job: the caller waits until all tasks are done, the workers until the caller has gone.
-
-    All return to Python and need the GIL for a moment. The caller finds it free if it goes first; otherwise it may fall
-    asleep on it, which costs more than a small product.
-    """
-    for _ in range(_PATIENCE):
-        if receive(queue, _DONE) >= tasks if caller else receive(queue, _LEFT) > 0:
-            break
-    if caller:
-        increment(queue, _LEFT)
-
-
-class _Worker:
-    """A thread that sleeps until there is a job; a job that comes before it woke for the last replaces that one."""
-
-    def __init__(self) -> None:
-        self._bell = threading.Lock()
-        self._bell.acquire()
-        self._called = False
-        self._job: Callable[[], object] | None = None
-        self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._loop, name="nmsparse", daemon=True)
-        self._thread.start()
-        self._avoids: int | None = None
-
-    def call(self, job: Callable[[], object]) -> None:
-        self._job = job
-        if not self._called:
-            self._called = True
-            self._bell.release()
-
-    def _loop(self) -> None:
-        while True:
-            self._bell.acquire()
-            self._called = False
-            job, self._job = self._job, None
-            if job is not None:  # it may have been done with the call before
-                try:
-                    job()
-                except BaseException as error:
-                    self.error = error
-            job = None  # holds the arrays of the call
-
-    def avoid(self, core: int, cores: set[int]) -> None:
-        """Keep off the caller's core: Linux tends to wake a thread there, behind the one that is busy on it."""
-        if core != self._avoids:
-            with contextlib.suppress(OSError):  # somebody has taken those cores away
-                os.sched_setaffinity(self._thread.native_id, cores - {core})
-            self._avoids = core
+# Multiply-adds that are worth the company of workers who are awake (some 5 µs of one core), and worth waking one.
+_WORTH_SHARING, _WORTH_WAKING = 100_000, 400_000
 
 
 class Team:
@@ -99,47 +30,60 @@ class Team:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Forget the workers; a process that was forked has none of them, and perhaps a lock that nobody holds."""
-        self._workers: list[_Worker] = []
-        self._busy = threading.Lock()
+        """Forget the workers; a process that was forked has none of them."""
+        self._workers: list[threading.Thread] = []
+        self._hiring = threading.Lock()
+        self._bell = doorbell.new_bell(count() - 1, _new_lock)
         self._cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+        self._avoided: int | None = None
 
-    def run(self, job: Callable[[np.ndarray, bool], object], tasks: int, cost: float) -> None:
-        """Run ``job(queue, caller)`` on every thread at once, and return when the ``tasks`` in the queue are finished.
+    def run(self, kernel: Callable[..., int], tasks: int, cost: float, *args: Any) -> None:
+        """``kernel(bell, wake, *args)``, which shares ``tasks`` tasks as :func:`doorbell.share` says.
 
-        A job takes tasks from the queue until none is left, then leaves. It runs on the calling thread alone if
-        ``cost`` (in multiply-adds) is small, or while another call has the team.
+        ``cost`` (in multiply-adds) decides whether it does, and how many sleeping workers are woken for it.
         """
-        queue = np.zeros(24, np.int64)
-        threads = min(count(), tasks, 1 + int(cost // _WORTH_SHARING))
-        if threads == 1 or not self._busy.acquire(blocking=False):
-            job(queue, True)
-            return
-        try:
-            self._call_workers(lambda: job(queue, False), threads - 1)
-            job(queue, True)
-            while queue[_DONE] < tasks:  # a worker has lost its core in the middle of a task
-                for worker in self._workers:
-                    if worker.error is not None:
-                        raise worker.error
-                time.sleep(1e-5)
-        finally:
-            self._busy.release()
+        workers = min(count(), tasks) - 1
+        wake = min(workers, int(cost // _WORTH_WAKING))
+        if wake > 0:
+            self._prepare(wake)
+        if kernel(self._bell, wake if workers > 0 and cost >= _WORTH_SHARING else -1, *args) < tasks:
+            raise MemoryError("a kernel found no memory for its work")
 
-    def _call_workers(self, job: Callable[[], object], wanted: int) -> None:
-        while len(self._workers) < wanted:
-            self._workers.append(_Worker())
-        core = _current_core() if _current_core else None
-        for worker in self._workers[:wanted]:
-            if core in self._cores and len(self._cores) > 1:
-                worker.avoid(core, self._cores)
-            worker.error = None
-            worker.call(job)
+    def _prepare(self, wanted: int) -> None:
+        if len(self._workers) < wanted:
+            with self._hiring:
+                while len(self._workers) < wanted:
+                    args = self._bell, len(self._workers)
+                    worker = threading.Thread(target=doorbell.serve, args=args, name="nmsparse", daemon=True)
+                    worker.start()
+                    self._workers.append(worker)
+                    self._avoided = None
+        if _current_core and (core := _current_core()) != self._avoided:
+            self._avoid(core)
+
+    def _avoid(self, core: int) -> None:
+        """Keep the workers off the caller's core: Linux tends to wake a thread there, behind the one busy on it."""
+        self._avoided = core
+        if core in self._cores and len(self._cores) > 1:
+            for worker in self._workers:
+                with contextlib.suppress(OSError):  # somebody has taken those cores away
+                    os.sched_setaffinity(worker.native_id, self._cores - {core})
 
 
 def count() -> int:
     """Threads that a call may use: ``NUMBA_NUM_THREADS``, or the cores this process may run on."""
     return numba.config.NUMBA_NUM_THREADS
+
+
+def _new_lock() -> int:
+    """The address of a lock that is held. It is never freed: a worker may sleep on it until the process ends."""
+    lock = ctypes.pythonapi.PyThread_allocate_lock
+    lock.restype, lock.argtypes = ctypes.c_void_p, ()
+    acquire = ctypes.pythonapi.PyThread_acquire_lock
+    acquire.argtypes = ctypes.c_void_p, ctypes.c_int
+    made = lock()
+    acquire(made, 1)
+    return made
 
 
 _current_core: Callable[[], int] | None = None

@@ -57,6 +57,18 @@ def test_a_weight_larger_than_the_tiles_and_chunks(pattern):
         assert_exact(matmul(a, x), *exact(x, a), 2100)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["1:2", "1:3", "1:4", "4:5", "4:8", "5:7", "8:16", "7:32", "16:32", "17:20", "1:33"]
+)
+def test_groups_that_fill_a_block_and_groups_that_do_not(pattern):
+    rng = np.random.default_rng(0)
+    for cols in (31, 32, 33, 96, 250):
+        a = formats.random((70, cols), pattern, rng=rng)
+        for tokens in (1, 3, 16, 20):
+            x = rng.standard_normal((tokens, cols), np.float32)
+            assert_exact(matmul(a, x), *exact(x, a), cols)
+
+
 @given(patterns(), st.data())
 def test_grouped_matmul(pattern, data):
     counts = data.draw(st.lists(st.sampled_from([0, 0, 1, 2, 5, 17, 40]), min_size=1, max_size=5), "tokens of experts")

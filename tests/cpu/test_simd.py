@@ -8,7 +8,7 @@ import pytest
 from numba import njit
 
 from nmsparse.cpu.pick import word
-from nmsparse.cpu.simd import address, at, fma, increment, lane_sums, load, number, repeat, splat, store, widen
+from nmsparse.cpu.simd import address, at, fma, lane_sums, load, number, repeat, splat, store, widen
 from nmsparse.cpu.storage import as_storage
 from nmsparse.errors import NMSparseError
 
@@ -80,14 +80,3 @@ def read_word(meta, i):
 def test_a_word_may_start_anywhere():
     meta = np.array([1, 0x8002, 0xFFFF], np.uint16)
     assert [read_word(meta, i) for i in (0, 1)] == [0x8002_0001, 0xFFFF_8002]
-
-
-@njit
-def count_up(counter):
-    return increment(address(counter), 1)
-
-
-def test_increment_returns_what_was_there():
-    counter = np.array([7, 5], np.int64)
-    assert [count_up(counter), count_up(counter)] == [5, 6]
-    assert counter.tolist() == [7, 7]
