@@ -3,11 +3,17 @@
 The layout the kernels know is token-major: ``y = x @ A.T`` with ``x`` ``(T, K)`` and ``A`` ``(M, K)``. ``A @ b`` is
 the same product transposed. Products that reduce along M (``x @ A``, ``A.T @ y``) cut across the sparse groups; they
 decode A and run as dense products.
+
+Where the operands are decides what runs: NumPy arrays and what DLPack says is on the host by :mod:`nmsparse.cpu`,
+arrays on a GPU by :mod:`nmsparse.cuda`. Both operands have to be in one place; nothing is moved silently.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,14 +21,23 @@ import numpy as np
 from . import formats, reference
 from .errors import NMSparseError, UnsupportedDeviceError
 from .formats import Pattern, SparseArray, Transposed, parse
-from .formats.checks import DTYPES, as_weight, common_dtype, resolve_scores
+from .formats.checks import DTYPES, as_weight, common_dtype, is_on_gpu, resolve_scores
 from .formats.selection import importance
 
 __all__ = ["array", "grouped_matmul", "matmul"]
 
 
+@functools.cache
+def _cuda(part: str) -> ModuleType:
+    """A module of the GPU backend, imported when the first array on a GPU turns up."""
+    return import_module(f".cuda.{part}", __package__)
+
+
+SparseArray._cuda = staticmethod(_cuda)
+
+
 def array(
-    w: np.ndarray,
+    w: Any,
     pattern: str | Pattern,
     *,
     scores: np.ndarray | None = None,
@@ -34,9 +49,14 @@ def array(
     ``scores`` (same shape) rank instead of ``|w|``; ``mask`` (bool) says what to keep; ``strict=True`` keeps every
     non-zero of ``w``. The last two raise :class:`~nmsparse.errors.NMSparseError` where the pattern has no room.
 
+    A weight on a GPU gives an array there. 2:4 of float16 or bfloat16 without options is pruned and packed by the GPU;
+    all else makes a round trip through the host, with the same result.
+
     >>> array(np.eye(64, 128, dtype=np.float32), "samoyeds:1:2:64")
     SamoyedsArray(float32[64, 128], samoyeds:1:2:64, nnz=2048, device='cpu')
     """
+    if is_on_gpu(w):
+        return _array_on_gpu(w, parse(pattern), scores, mask, strict)
     w, pattern = as_weight(w, "array"), parse(pattern)
     ranks, wanted = resolve_scores(w, scores, mask, strict)
     ranks = None if ranks is None else importance(w, ranks)
@@ -48,7 +68,15 @@ def array(
     return packed if wanted is None else packed._restrict(wanted, strict)
 
 
-def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
+def _array_on_gpu(w: Any, pattern: Pattern, scores: Any, mask: Any, strict: bool) -> SparseArray:
+    here = _cuda("array").view(w)
+    if scores is None and mask is None and not strict and _cuda("pack").prunes(pattern, here.dtype):
+        return _cuda("pack").array(w, pattern)
+    scores, mask = (_cuda("array").view(a).numpy() if is_on_gpu(a) else a for a in (scores, mask))
+    return array(here.numpy(), pattern, scores=scores, mask=mask, strict=strict).to_device(f"cuda:{here.device}")
+
+
+def matmul(a: Any, b: Any, *, out: Any = None, config: Any = None) -> Any:
     """``a @ b`` where one is a sparse array ``A``, ``(M, K)`` or ``(E, M, K)`` for a batch of experts, or its ``A.T``.
 
     ==============  =======================  ==============  =====================================
@@ -64,16 +92,28 @@ def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
     summed in fp32, float64 in float64; the result has the dtype of both, or
     the wider one (float16 with bfloat16: float32). ``out`` receives it if given.
 
+    On a GPU: ``x @ A.T`` and ``A @ b`` of one matrix, both operands float16 or bfloat16; the result is an array of the
+    same library as ``x``, computed on its current stream. ``config`` chooses the kernel there, None leaves it to the
+    library. Raises :class:`~nmsparse.errors.NMSparseError` for operands that do not fit each other and
+    :class:`~nmsparse.errors.UnsupportedDeviceError` for operands in different places.
+
     >>> A = formats.NMArray.from_dense(np.eye(4, dtype=np.float32))
     >>> A @ np.array([1, 2, 3, 4], np.float32)
     array([1., 2., 3., 4.], dtype=float32)
     """
+    # First the call that has to be quick: on a GPU the kernel takes microseconds.
+    if type(b) is Transposed and (gpu := b.T._gpu) >= 0 and gpu == _gpu_of(a) and len(b.T.shape) == 2:
+        return _gpu_matmul()(a, b.T, out=out, config=config)
     sparse = [isinstance(operand, (SparseArray, Transposed)) for operand in (a, b)]
     if sum(sparse) != 1:
         raise NMSparseError(
             f"matmul: expected one sparse and one dense operand, got {type(a).__name__} and {type(b).__name__}; "
             "decode one with todense() if both are sparse"
         )
+    if _one_place(a, b, "matmul") >= 0:
+        return _matmul_on_gpu(a, b, out, config)
+    if config is not None:
+        raise NMSparseError(f"matmul: config chooses a kernel of a GPU, these operands are on the host: got {config!r}")
     if sparse[0]:
         vector = np.ndim(b) == 1
         b = as_activation(b, "matmul")
@@ -95,6 +135,57 @@ def matmul(a: Any, b: Any, *, out: np.ndarray | None = None) -> np.ndarray:
 
 
 SparseArray._product = staticmethod(matmul)
+
+
+@functools.lru_cache(maxsize=1)
+def _gpu_matmul() -> Any:
+    return _cuda("matmul").matmul
+
+
+def _gpu_of(x: Any) -> int:
+    """Number of the GPU that ``x`` is on, -1 on the host."""
+    if isinstance(x, np.ndarray):
+        return -1
+    try:
+        return x.get_device()  # torch
+    except AttributeError:
+        pass
+    if isinstance(x, (SparseArray, Transposed)):
+        return (x if isinstance(x, SparseArray) else x.T)._gpu
+    if not is_on_gpu(x):
+        return -1
+    return x.__dlpack_device__()[1] if hasattr(x, "__dlpack_device__") else _cuda("array").view(x).device
+
+
+def _one_place(a: Any, b: Any, who: str) -> int:
+    """Number of the GPU that both operands are on, -1 on the host; an error if they are not in one place."""
+    places = _gpu_of(a), _gpu_of(b)
+    if places[0] != places[1]:
+        left, right = ("the host" if place < 0 else f"cuda:{place}" for place in places)
+        raise UnsupportedDeviceError(
+            f"{who}: {_describe(a)} is on {left} and {_describe(b)} on {right}; bring both to one place, "
+            "a sparse array with its to_device('cuda:N') or to_device('cpu')"
+        )
+    return places[0]
+
+
+def _matmul_on_gpu(a: Any, b: Any, out: Any, config: Any) -> Any:
+    """The products on a GPU other than the quick one."""
+    w = a if isinstance(a, (SparseArray, Transposed)) else b
+    if w.ndim != 2:
+        raise UnsupportedDeviceError(f"matmul: batches of experts have no GPU kernel yet; multiply by each {w!r}[e]")
+    if not isinstance(a, SparseArray):  # A.T @ b, x @ A
+        raise UnsupportedDeviceError(
+            "matmul: a product that reduces along M cuts across the sparse groups and has no GPU kernel; multiply by "
+            f"the dense weight, torch.from_dlpack(A.todense()), of {w!r}"
+        )
+    if len(b.shape) == 1:
+        return _gpu_matmul()(b, a, out=out, config=config)
+    if len(b.shape) != 2:
+        raise NMSparseError(f"matmul: expected a 2-D right operand for {a!r}, got shape {tuple(b.shape)}")
+    tokens = b.T.contiguous() if hasattr(b, "is_cuda") else b.T  # torch, of which the kernel wants token-major memory
+    y = _gpu_matmul()(tokens, a, out=None if out is None else out.T, config=config)
+    return y.T if out is None else out
 
 
 def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: Any) -> np.ndarray:
@@ -121,7 +212,7 @@ def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: 
     return y.reshape(*lead, w.shape[-1]).astype(dtype, copy=False)
 
 
-def grouped_matmul(x: np.ndarray, w: SparseArray, offsets: np.ndarray) -> np.ndarray:
+def grouped_matmul(x: Any, w: SparseArray, offsets: Any) -> Any:
     """Rows ``offsets[e-1]:offsets[e]`` of ``x`` ``(S, K)`` times ``w[e].T`` of ``w`` ``(E, M, K)``: ``(S, M)``.
 
     ``offsets`` ``(E,)`` are cumulative ends, int32 or int64, the last one S: the ``offs`` convention of
@@ -133,9 +224,11 @@ def grouped_matmul(x: np.ndarray, w: SparseArray, offsets: np.ndarray) -> np.nda
     >>> np.allclose(y, [w[0] @ x[0], w[1] @ x[1], w[1] @ x[2]])
     True
     """
-    x = as_activation(x, "grouped_matmul")
     if not isinstance(w, SparseArray) or w.ndim != 3:
         raise NMSparseError(f"grouped_matmul: expected w as a sparse array (E, M, K), got {_describe(w)}")
+    if _one_place(x, w, "grouped_matmul") >= 0:
+        raise UnsupportedDeviceError(f"grouped_matmul: no GPU kernel yet; multiply each expert's rows by {w!r}[e].T")
+    x = as_activation(x, "grouped_matmul")
     if x.ndim != 2 or x.shape[1] != w.shape[2]:
         raise NMSparseError(f"grouped_matmul: expected x (S, K={w.shape[2]}), got shape {x.shape}")
     offsets = check_offsets(offsets, w.shape[0], len(x))
@@ -163,10 +256,10 @@ def check_offsets(offsets: Any, experts: int, rows: int) -> np.ndarray:
 def as_activation(x: Any, who: str) -> np.ndarray:
     """``x`` as a NumPy array of a supported floating dtype; other libraries' CPU arrays are viewed through DLPack."""
     if not isinstance(x, (np.ndarray, list, tuple, float, int)) and hasattr(x, "__dlpack_device__"):
-        device, _ = x.__dlpack_device__()
-        if device != 1:  # kDLCPU
+        if is_on_gpu(x):
+            kind = int(x.__dlpack_device__()[0])
             raise UnsupportedDeviceError(
-                f"{who}: {type(x).__name__} is on DLPack device type {int(device)}; this version has CPU kernels only"
+                f"{who}: expected activations on the host, got {type(x).__name__} on DLPack device type {kind}"
             )
         x = np.from_dlpack(x)
     x = np.asarray(x)

@@ -13,7 +13,21 @@ import nmsparse
 
 ROOT = Path(nmsparse.__file__).parent
 # Each layer may import itself and what stands before it. docs/architecture.md draws the same picture.
-LAYERS = ["errors", "formats", "prune", "reference", "testing", "cpu", "ops", "moe", "io", "bench", "demo", "cli"]
+LAYERS = [
+    "errors",
+    "formats",
+    "prune",
+    "reference",
+    "testing",
+    "cpu",
+    "cuda",
+    "ops",
+    "moe",
+    "io",
+    "bench",
+    "demo",
+    "cli",
+]
 HEAVY = {"numba", "torch", "scipy", "safetensors", "matplotlib", "tqdm", "transformers"}
 
 
@@ -35,6 +49,10 @@ def imported_modules(path: Path) -> set[str]:
     return names
 
 
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported_modules(path)}
+
+
 FILES = [
     path for path in sorted(ROOT.rglob("*.py")) if path.parent != ROOT or path.stem not in ("__init__", "__main__")
 ]
@@ -49,9 +67,16 @@ def test_imports_point_one_way(path):
     assert not up
 
 
-def test_numba_lives_in_cpu_only():
-    users = {layer_of(path) for path in FILES if any(name.split(".")[0] == "numba" for name in imported_modules(path))}
-    assert users <= {"cpu", "cli"}, "cli may ask numba for its version"
+def test_numba_lives_in_the_backends_only():
+    users = {layer_of(path) for path in FILES if {"numba", "llvmlite"} & roots(path)}
+    assert users <= {"cpu", "cuda", "cli"}, "cli may ask numba for its version"
+
+
+def test_what_a_warm_launch_needs_is_light():
+    light = "array cache compiler driver layout pack"
+    code = f"import sys; from nmsparse.cuda import {light.replace(' ', ', ')}; print(*({HEAVY} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == []
 
 
 def test_no_file_is_too_long():

@@ -15,16 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from .gpu import device_facts
 from .timing import processor
 
 SUITES = ("import", "pack", "cpu")
+GPU_SUITES = ("gemm",)
 PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m nmsparse bench``."""
-    parser.add_argument("suite", choices=[*SUITES, "all"], help="what to measure")
+    parser.add_argument("suite", choices=[*SUITES, *GPU_SUITES, "all"], help="what to measure; all: what needs no GPU")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, the machine and the command")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures of a GPU suite (PNG or SVG)")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -34,6 +37,11 @@ def main(args: argparse.Namespace) -> int:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
         print(f"wrote {args.json}")
+    if args.plot:
+        from .plot import draw
+
+        draw(next(iter(results.values())), args.plot)
+        print(f"wrote {args.plot}")
     missed = [row for rows in results.values() for row in rows if row.get("holds") is False]
     for row in missed:
         print(f"MISSED: {row['what']}: {row['value']:.2f}, bar {row['bar']}", file=sys.stderr)
@@ -42,9 +50,9 @@ def main(args: argparse.Namespace) -> int:
 
 def suite(name: str) -> Callable[[], list[dict]]:
     """The function that runs one suite and returns its rows."""
-    from . import importing, matmul, packing
+    from . import gemm, importing, matmul, packing
 
-    return {"import": importing.run, "pack": packing.run, "cpu": matmul.run}[name]
+    return {"import": importing.run, "pack": packing.run, "cpu": matmul.run, "gemm": gemm.run}[name]
 
 
 def machine() -> dict[str, object]:
@@ -58,6 +66,7 @@ def machine() -> dict[str, object]:
         "numpy": np.__version__,
         "numba": version("numba"),
         "nmsparse": __version__,
+        **(device_facts() if "torch" in sys.modules else {}),
     }
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ClassVar
 
 import numpy as np
 
 from ..errors import NMSparseError, UnsupportedDeviceError
 from . import selection
-from .checks import as_weight, check_dtype, resolve_scores
+from .checks import as_weight, check_dtype, is_on_gpu, resolve_scores
 from .pattern import Pattern
 
 BUFFERS = ("values", "meta", "indices")
@@ -29,14 +31,19 @@ class SparseArray:
 
     Elements that are not stored are exactly +0 and take no part in a product, so a NaN in ``x`` reaches only the
     outputs whose stored columns (explicit zeros included) meet it. −0.0, NaN and inf are stored bit for bit.
+
+    On a GPU (:meth:`to_device`) the buffers are :class:`nmsparse.cuda.array.DeviceArray` instead of NumPy arrays.
+    Products, ``todense``, ``copy`` and the expert axis work there; ``mask``, ``astype`` and scaling raise
+    :class:`~nmsparse.errors.UnsupportedDeviceError`; a full check and pickling go through the host.
     """
 
     format: ClassVar[str]
     __array_ufunc__ = None  # so that ndarray @ A reaches __rmatmul__
 
-    values: np.ndarray
-    meta: np.ndarray
-    indices: np.ndarray | None
+    values: Any  # np.ndarray, or DeviceArray on a GPU; so are the others
+    meta: Any
+    indices: Any | None
+    _packed: Any = None  # the layout that GPU kernels read: derived from the buffers when first needed, never saved
 
     # --- what a format defines -------------------------------------------------------------------------------------
 
@@ -123,13 +130,24 @@ class SparseArray:
         shape = tuple(shape)
         if len(shape) not in (2, 3) or not all(isinstance(size, (int, np.integer)) and size >= 0 for size in shape):
             raise NMSparseError(f"{cls.__name__}: expected a shape (M, K) or (E, M, K), got {shape}")
-        for name, buffer in buffers.items():
-            if buffer is not None and not isinstance(buffer, np.ndarray):
-                raise NMSparseError(f"{cls.__name__}: expected {name} as a numpy array, got {type(buffer).__name__}")
-        held = {name: np.ascontiguousarray(buffer) for name, buffer in buffers.items() if buffer is not None}
+        held = {name: cls._hold(buffer, name) for name, buffer in buffers.items() if buffer is not None}
         array = cls(pattern, shape, held)
         array.check_format(full=True)
         return array
+
+    @classmethod
+    def _hold(cls, buffer: Any, name: str) -> Any:
+        """A canonical buffer as an array keeps it: in C order, without a copy where it is so already."""
+        if isinstance(buffer, np.ndarray):
+            return np.ascontiguousarray(buffer)
+        if not is_on_gpu(buffer):
+            raise NMSparseError(
+                f"{cls.__name__}: expected {name} as a numpy array or an array on a GPU, got {type(buffer).__name__}"
+            )
+        held = cls._cuda("array").view(buffer)
+        if not held.contiguous:
+            raise NMSparseError(f"{cls.__name__}: expected {name} in C order, got strides {held.strides}; copy it")
+        return held
 
     @classmethod
     def _random(cls, shape: tuple[int, ...], pattern: Pattern, dtype: Any, rng: Any) -> SparseArray:
@@ -171,16 +189,22 @@ class SparseArray:
 
     @property
     def device(self) -> str:
-        """Where the buffers live: ``"cpu"``."""
-        return "cpu"
+        """Where the buffers live: ``"cpu"`` or ``"cuda:0"``."""
+        return "cpu" if self._gpu < 0 else f"cuda:{self._gpu}"
+
+    @property
+    def _gpu(self) -> int:
+        """Number of the GPU that holds the buffers, -1 for the host."""
+        values = self.values
+        return -1 if isinstance(values, np.ndarray) else values.device
 
     @property
     def T(self) -> Transposed:
         """The transpose, as a view: ``x @ A.T`` multiplies token-major activations."""
         return Transposed(self)
 
-    def buffers(self) -> dict[str, np.ndarray]:
-        """The canonical buffers by name; each one goes through DLPack or the buffer protocol without a copy."""
+    def buffers(self) -> dict[str, Any]:
+        """The canonical buffers by name; each one goes through DLPack without a copy."""
         return {name: buffer for name in BUFFERS if (buffer := getattr(self, name)) is not None}
 
     def __repr__(self) -> str:
@@ -192,13 +216,16 @@ class SparseArray:
     # --- leaving the format ----------------------------------------------------------------------------------------
 
     def todense(self) -> np.ndarray:
-        """The dense weight, zeros where nothing is stored."""
+        """The dense weight, zeros where nothing is stored. Of an array on a GPU: a ``DeviceArray`` there."""
+        if self._gpu >= 0:
+            return self._cuda("pack").todense(self)
         return self._scatter(self.values, self.dtype)
 
     toarray = todense
 
     def mask(self) -> np.ndarray:
-        """Where a value is stored (explicit zeros included), as a dense bool array."""
+        """Where a value is stored (explicit zeros included), as a dense bool array. On the host only."""
+        self._need_host("mask")
         return self._scatter(np.ones(self.values.shape, bool), bool)
 
     def _scatter(self, stored: np.ndarray, dtype: Any) -> np.ndarray:
@@ -228,7 +255,8 @@ class SparseArray:
         return type(self)(self.pattern, self.shape, {**self.buffers(), "values": values})
 
     def astype(self, dtype: Any) -> SparseArray:
-        """The same pattern with values in another dtype; ``meta`` and ``indices`` are shared."""
+        """The same pattern with values in another dtype; ``meta`` and ``indices`` are shared. On the host only."""
+        self._need_host("astype")
         return self._with_values(self.values.astype(check_dtype(np.dtype(dtype), "astype")))
 
     def copy(self) -> SparseArray:
@@ -236,34 +264,60 @@ class SparseArray:
         return type(self)(self.pattern, self.shape, {name: buffer.copy() for name, buffer in self.buffers().items()})
 
     def to_device(self, device: str) -> SparseArray:
-        """The array on ``device``; only ``"cpu"`` exists so far."""
+        """The array on ``device``: ``"cpu"``, ``"cuda"`` (the current GPU) or ``"cuda:1"``; itself if it is there.
+
+        Copies the buffers otherwise, and is done when it returns. Raises
+        :class:`~nmsparse.errors.UnsupportedDeviceError` where there is no such device.
+        """
+        match = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", device)
+        if not match:
+            raise UnsupportedDeviceError(f"device {device!r}: expected 'cpu', 'cuda' or 'cuda:N', N a GPU's number")
+        if device == self.device or (device == "cuda" and self._gpu >= 0):
+            return self
+        host = self.buffers() if self._gpu < 0 else {name: buffer.numpy() for name, buffer in self.buffers().items()}
         if device != "cpu":
-            raise UnsupportedDeviceError(f"device {device!r}: this version of nmsparse has kernels for 'cpu' only")
-        return self
+            number = int(match[1]) if match[1] else self._cuda("driver").current_device()
+            from_host = self._cuda("array").from_host
+            host = {name: from_host(buffer, number) for name, buffer in host.items()}
+        return type(self)(self.pattern, self.shape, host)
+
+    def _need_host(self, what: str) -> None:
+        if self._gpu >= 0:
+            raise UnsupportedDeviceError(f"{what} of {self!r} runs on the host only: call it on A.to_device('cpu')")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What GPU kernels derived from the buffers stays behind.
+        return {"pattern": self.pattern, "shape": self.shape, **{name: getattr(self, name) for name in BUFFERS}}
 
     def __getitem__(self, expert: int) -> SparseArray:
         if self.ndim != 3 or not isinstance(expert, (int, np.integer)):
             raise NMSparseError(f"{self!r} can only be indexed by one expert number, (E, M, K)[e]; slice its todense()")
         if not -self.shape[0] <= expert < self.shape[0]:
             raise IndexError(f"expert {expert} of {self.shape[0]}")
-        return type(self)(
-            self.pattern, self.shape[1:], {name: buffer[expert] for name, buffer in self.buffers().items()}
-        )
+        buffers = {name: buffer[expert] for name, buffer in self.buffers().items()}
+        one = type(self)(self.pattern, self.shape[1:], buffers)
+        if self._packed is not None:
+            one._packed = self._packed[expert]
+        return one
 
     def __neg__(self) -> SparseArray:
+        self._need_host("-A")
         return self._with_values(-self.values)
 
     def __mul__(self, scalar: Any) -> SparseArray:
         if np.ndim(scalar) or isinstance(scalar, SparseArray):
             return NotImplemented
+        self._need_host("scaling")
         return self._with_values((self.values * scalar).astype(self.dtype))
 
     __rmul__ = __mul__
 
     # --- products --------------------------------------------------------------------------------------------------
 
-    # What ``@`` runs. Backends stand above the formats: ``nmsparse.ops`` puts it here, nothing is imported upward.
-    _product: ClassVar[Callable[[Any, Any], np.ndarray]]
+    # What ``@`` runs, and what imports a module of ``nmsparse.cuda``. Backends stand above the formats:
+    # ``nmsparse.ops`` puts both here, nothing is imported upward.
+    _product: ClassVar[Callable[..., Any]]
+    _cuda: ClassVar[Callable[[str], ModuleType]]
 
     def __matmul__(self, other: Any) -> np.ndarray:
         return SparseArray._product(self, other)
@@ -271,17 +325,27 @@ class SparseArray:
     def __rmatmul__(self, other: Any) -> np.ndarray:
         return SparseArray._product(other, self)
 
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, operands: Any = (), options: Any = None) -> Any:
+        """``tensor @ A.T`` without the 13 µs that torch takes to find out that it cannot do it."""
+        if function.__name__ not in ("matmul", "__matmul__"):
+            return NotImplemented
+        return SparseArray._product(*operands, **(options or {}))
+
     # --- checking --------------------------------------------------------------------------------------------------
 
     def check_format(self, full: bool = False) -> None:
         """Raise :class:`~nmsparse.errors.NMSparseError` if the buffers are not what the format promises.
 
-        Shapes and dtypes always (O(1)); with ``full=True`` also the order of every position and index (a full scan).
+        Shapes and dtypes always (O(1)); with ``full=True`` also the order of every position and index (a full scan; an
+        array on a GPU is copied to the host for it).
         """
         check_dtype(self.dtype, type(self).__name__)
         layout, *_ = self._layout(self.pattern, *self.shape[-2:])
         if set(layout) != set(self.buffers()):
             raise NMSparseError(f"{type(self).__name__}: expected buffers {list(layout)}, got {list(self.buffers())}")
+        if len({getattr(buffer, "device", "cpu") for buffer in self.buffers().values()}) > 1:
+            raise NMSparseError(f"{type(self).__name__}: expected all buffers on one device, got {self.buffers()}")
         for name, (size, dtype) in layout.items():
             buffer, size = getattr(self, name), self.shape[:-2] + size
             if buffer.shape != size or (dtype is not None and buffer.dtype != dtype):
@@ -290,7 +354,9 @@ class SparseArray:
                     f"{type(self).__name__} {self.pattern} of shape {self.shape}: expected {name} as "
                     f"{want}{list(size)}, got {buffer.dtype.name}{list(buffer.shape)}"
                 )
-        if full and (problem := self._disorder() or self._stray()):
+        if full and self._gpu >= 0:
+            self.to_device("cpu").check_format(full=True)
+        elif full and (problem := self._disorder() or self._stray()):
             raise NMSparseError(f"{type(self).__name__} {self.pattern}: {problem}; the buffers are corrupt")
 
     def _stray(self) -> str | None:
@@ -310,14 +376,35 @@ class Transposed:
     """``A.T``: a view of a sparse array with its last two axes swapped. ``A.T.T is A``."""
 
     __array_ufunc__ = None
+    __slots__ = ("T",)
 
     def __init__(self, array: SparseArray):
         self.T = array
-        self.shape = (*array.shape[:-2], array.shape[-1], array.shape[-2])
-        self.dtype, self.ndim = array.dtype, array.ndim
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(…, K, M)``."""
+        *lead, rows, cols = self.T.shape
+        return (*lead, cols, rows)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """dtype of the kept values."""
+        return self.T.dtype
+
+    @property
+    def ndim(self) -> int:
+        """2 for a matrix, 3 with an expert axis."""
+        return self.T.ndim
+
+    @property
+    def device(self) -> str:
+        """Where the buffers live."""
+        return self.T.device
 
     def todense(self) -> np.ndarray:
-        """The dense transpose."""
+        """The dense transpose; on the host only."""
+        self.T._need_host("todense of A.T")
         return np.swapaxes(self.T.todense(), -1, -2)
 
     def __repr__(self) -> str:
@@ -326,6 +413,7 @@ class Transposed:
     __array__ = SparseArray.__array__
     __matmul__ = SparseArray.__matmul__
     __rmatmul__ = SparseArray.__rmatmul__
+    __torch_function__ = SparseArray.__torch_function__
 
 
 def stack(arrays: list[SparseArray]) -> SparseArray:
@@ -336,6 +424,8 @@ def stack(arrays: list[SparseArray]) -> SparseArray:
     >>> stack([a, -a])
     NMArray(float32[2, 4, 4], 2:4, nnz=64, device='cpu')
     """
+    for a in arrays:
+        a._need_host("stack")
     kinds = {(type(a).__name__, str(a.pattern), a.shape, a.dtype.name) for a in arrays}
     if len(kinds) != 1 or arrays[0].ndim != 2:
         raise NMSparseError(f"stack: expected matrices of one format, pattern, shape and dtype, got {sorted(kinds)}")

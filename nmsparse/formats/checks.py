@@ -7,8 +7,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import NMSparseError
+from ..errors import NMSparseError, UnsupportedDeviceError
 
+HOST = (1, 3)  # DLPack's kDLCPU and kDLCUDAHost
 DTYPES = tuple(map(np.dtype, (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)))
 
 
@@ -31,8 +32,23 @@ def common_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
     return np.dtype(np.float64 if np.float64 in (a, b) else np.float32)
 
 
+def is_on_gpu(x: Any) -> bool:
+    """Whether ``x`` is an array that the host cannot read: by DLPack, or by the type's CUDA array interface.
+
+    >>> is_on_gpu(np.ones(3)), is_on_gpu([1.0])
+    (False, False)
+    """
+    if isinstance(x, np.ndarray):
+        return False
+    if hasattr(x, "__dlpack_device__"):
+        return x.__dlpack_device__()[0] not in HOST
+    return hasattr(type(x), "__cuda_array_interface__")
+
+
 def as_weight(w: Any, who: str) -> np.ndarray:
     """``w`` as a NumPy weight ``(M, K)`` or ``(E, M, K)``."""
+    if is_on_gpu(w):
+        raise UnsupportedDeviceError(f"{who}: the weight is on a GPU; use nmsparse.array, or copy it to the host first")
     w = np.asarray(w)
     check_dtype(w.dtype, who)
     if w.ndim not in (2, 3):

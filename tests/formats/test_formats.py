@@ -294,8 +294,9 @@ def test_the_array_behaves_like_an_array_but_never_densifies_silently():
     assert A.T.T is A and A.T.shape == (3, 16, 8)
     np.testing.assert_array_equal(A.T.todense(), A.todense().transpose(0, 2, 1))
     assert A.to_device("cpu") is A
-    with pytest.raises(nmsparse.UnsupportedDeviceError, match="cpu"):
-        A.to_device("cuda:0")
+    for unknown in ("tpu", "cuda:", "cuda:x", "CPU", ""):
+        with pytest.raises(nmsparse.UnsupportedDeviceError, match="expected 'cpu', 'cuda' or 'cuda:N'"):
+            A.to_device(unknown)
     for wrong in (slice(0, 2), "a", (0, 1)):
         with pytest.raises(NMSparseError, match="todense"):
             A[wrong]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from strategies import DTYPES, PATTERNS, bits, expert_shapes, patterns, shapes, weights
 
 import nmsparse
-from nmsparse import NMSparseError, UnsupportedDeviceError, formats, reference
+from nmsparse import NMSparseError, UnsupportedDeviceError, formats, ops, reference
+from nmsparse.cuda.array import DeviceArray
 from nmsparse.testing import assert_close
 
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS)
@@ -199,7 +200,7 @@ def test_other_libraries_enter_through_dlpack():
     A = nmsparse.random((8, 16), "2:4", rng=0)
     x = np.ones((3, 16), np.float32)
     np.testing.assert_array_equal(nmsparse.matmul(OnCpu(x), A.T), x @ A.T)
-    with pytest.raises(UnsupportedDeviceError, match="CPU kernels only"):
+    with pytest.raises(UnsupportedDeviceError, match=r"OnGpu is on cuda:0 and .* on the host"):
         nmsparse.matmul(OnGpu(x), A.T)
 
 
@@ -213,3 +214,101 @@ def test_bfloat16_results_are_rounded_once():
     A = nmsparse.array(np.full((1, 4), 1 / 3, ml_dtypes.bfloat16), "4:4")
     third = float(ml_dtypes.bfloat16(1 / 3))
     assert float((A @ np.ones(4, ml_dtypes.bfloat16))[0]) == float(ml_dtypes.bfloat16(4 * third))
+
+
+class OnGpu:
+    """What ``matmul`` needs to see of an operand on a GPU; ``moves`` says what was done to it on the way."""
+
+    def __init__(self, shape, moves=(), device=0):
+        self.shape, self.moves, self.device = shape, moves, device
+
+    def get_device(self):
+        return self.device
+
+    @property
+    def T(self):
+        return OnGpu(self.shape[::-1], (*self.moves, "T"), self.device)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The GPU's product, replaced by one that notes its arguments; and a sparse array that is on "cuda:0"."""
+    calls = []
+
+    def matmul(x, A, *, out=None, config=None):
+        calls.append((x, A, out, config))
+        return OnGpu((*x.shape[:-1], A.shape[0]), (*x.moves, "matmul"))
+
+    monkeypatch.setattr(ops, "_gpu_matmul", lambda: matmul)
+
+    def place(shape):
+        A = nmsparse.random(shape, "2:4", dtype=np.float16, rng=0)
+        buffers = {name: DeviceArray(0, buffer.shape, buffer.dtype, 0) for name, buffer in A.buffers().items()}
+        return formats.NMArray(A.pattern, A.shape, buffers)
+
+    return place, calls
+
+
+def test_products_on_a_gpu_go_to_its_kernels(gpu):
+    place, calls = gpu
+    A, x, y = place((8, 16)), OnGpu((3, 16)), OnGpu((3, 8))
+    assert nmsparse.matmul(x, A.T, out=y, config="plan").moves == ("matmul",)
+    assert calls.pop() == (x, A, y, "plan")
+    assert nmsparse.matmul(A, x.T).moves == ("T", "T", "matmul", "T")
+    assert nmsparse.matmul(A, OnGpu((16,))).moves == ("matmul",)
+    assert nmsparse.matmul(OnGpu((2, 3, 16)), A.T).shape == (2, 3, 8)
+
+
+def test_torch_reaches_the_product_without_a_detour(gpu, monkeypatch):
+    torch = pytest.importorskip("torch")
+    place, calls = gpu
+    A, x = place((8, 16)), torch.ones(3, 16, dtype=torch.float16)
+    monkeypatch.setattr(ops, "_gpu_of", lambda a: 0)
+    monkeypatch.setattr(ops, "_gpu_matmul", lambda: lambda *operands, **options: calls.append((operands, options)))
+    for product in (lambda: x @ A.T, lambda: torch.matmul(x, A.T), lambda: nmsparse.matmul(x, A.T)):
+        product()
+        assert calls.pop() == ((x, A), {"out": None, "config": None})
+    with pytest.raises(TypeError):
+        torch.add(x, A)
+
+
+def test_torch_on_the_host_gives_numpy():
+    torch = pytest.importorskip("torch")
+    A, x = nmsparse.random((8, 16), "2:4", rng=0), np.ones((3, 16), np.float32)
+    for y in (torch.from_numpy(x) @ A.T, torch.matmul(torch.from_numpy(x), A.T), (A @ torch.from_numpy(x.T)).T):
+        np.testing.assert_array_equal(y, x @ A.T)
+
+
+def test_what_has_no_gpu_kernel_is_explained(gpu):
+    place, calls = gpu
+    A, E, x = place((8, 16)), place((2, 8, 16)), OnGpu((3, 16))
+    cases = [
+        (lambda: nmsparse.matmul(OnGpu((3, 8)), A), r"torch\.from_dlpack\(A\.todense\(\)\)"),
+        (lambda: nmsparse.matmul(A.T, OnGpu((8, 3))), r"torch\.from_dlpack\(A\.todense\(\)\)"),
+        (lambda: nmsparse.matmul(OnGpu((2, 3, 16)), E.T), "batches of experts"),
+        (lambda: nmsparse.matmul(A, OnGpu((2, 16, 3))), "2-D right operand"),
+        (lambda: nmsparse.grouped_matmul(x, E, OnGpu((2,))), r"each expert's rows by .*\[e\]\.T"),
+    ]
+    for call, message in cases:
+        with pytest.raises((UnsupportedDeviceError, NMSparseError), match=message):
+            call()
+    assert not calls
+
+
+def test_operands_in_two_places_are_refused(gpu):
+    place, calls = gpu
+    A, B = place((8, 16)), nmsparse.random((8, 16), "2:4", rng=0)
+    on_host, elsewhere = np.ones((3, 16), np.float16), OnGpu((3, 16), device=1)
+    cases = [
+        (lambda: on_host @ A.T, r"float16\[3, 16\] is on the host and .* on cuda:0"),
+        (lambda: A @ on_host.T, "is on cuda:0 and .* on the host"),
+        (lambda: nmsparse.matmul(OnGpu((3, 16)), B.T), "OnGpu is on cuda:0 and .* on the host"),
+        (lambda: nmsparse.matmul(elsewhere, A.T), "OnGpu is on cuda:1 and .* on cuda:0"),
+        (lambda: nmsparse.grouped_matmul(on_host, place((2, 8, 16)), np.array([1, 3])), "on the host and .* on cuda:0"),
+    ]
+    for call, message in cases:
+        with pytest.raises(UnsupportedDeviceError, match=message + r".*to_device\('cuda:N'\)"):
+            call()
+    with pytest.raises(NMSparseError, match="config chooses a kernel of a GPU"):
+        nmsparse.matmul(on_host, B.T, config="plan")
+    assert not calls

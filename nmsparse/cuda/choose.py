@@ -1,0 +1,158 @@
+"""The choice of a kernel, by a model of its time that can be printed and checked against measurements.
+
+The model knows four things about a device: how fast its tensor cores multiply tiles that lie in shared memory, how
+fast one SM can be fed, how fast the memory is, and what a launch and an exchange of partial sums cost. A product takes
+the launch, then the longer of the busiest SM's steps and the memory's bytes; they overlap but for a twentieth.
+``NMSPARSE_PRINT_CONFIG=1`` prints each choice once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
+from .layout import BLOCK, BLOCK_BYTES, blocks_of
+
+__all__ = ["H200", "Device", "Plan", "Problem", "candidates", "choose"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the model knows of a GPU: rates in FLOP/s (skipped zeros count) and bytes/s, costs in seconds."""
+
+    sms: int
+    memory: float  # bytes/s of the whole GPU
+    feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
+    stream: float = 46e9  # the same, from memory
+    reread: float = 10e12  # bytes/s of tokens that many CTAs read at once
+    start: float = 2.0e-6  # launch of the kernel for few tokens
+    launch: float = 2.5e-6  # launch of a pipelined kernel, until its ring is filled
+    exchange: float = 2.2e-6  # of partial sums between CTAs, besides the bytes
+
+    def multiply(self, tile_t: int) -> float:
+        """FLOP/s of one SM on tiles of ``tile_t`` tokens: the measured ceilings of ``wgmma.sp`` with operands in place,
+        of which the kernel reaches 86 % when it also has to fetch them."""
+        ceilings = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
+        for tokens, rate in ceilings:
+            if tile_t >= tokens:
+                return 0.86 * rate / 132
+        return 0.86 * 1090e12 / 132 * tile_t / 64
+
+
+MOST_PARTS = 8
+
+H200 = Device(sms=132, memory=4.2e12)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``Y (tokens, rows) = X (tokens, columns) · Wᵀ`` with a 2:4 weight."""
+
+    rows: int
+    tokens: int
+    columns: int
+    dtype: str = "f16"
+    bias: bool = False
+    even: bool = True  # rows of X start at multiples of 4 bytes
+
+    @property
+    def k_blocks(self) -> int:
+        """Blocks of 64 along K, as packed."""
+        return blocks_of(self.rows, self.columns)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that have to move: packed weights, X and Y once."""
+        down, along = blocks_of(self.rows, self.columns)
+        return down * along * BLOCK_BYTES + 2 * self.tokens * (self.columns + self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config, how many clusters of CTAs run it, how many tiles are split into how many parts, the modelled time."""
+
+    config: GemmConfig | GemvConfig
+    workers: int
+    split: int
+    parts: int
+    seconds: float
+
+    @property
+    def blocks(self) -> int:
+        """CTAs of the launch."""
+        return self.workers * getattr(self.config, "cluster", 1)
+
+    def describe(self) -> str:
+        """In a few words.
+
+        >>> choose(Problem(4096, 16, 14336)).describe()
+        'gemm 64x16x128, 128 CTAs, 64 tiles in 2 parts'
+        """
+        shape = f"{self.config.name}, {self.blocks} CTAs"
+        return f"{shape}, {self.split} tiles in {self.parts} parts" if self.split else shape
+
+
+def grid(config: GemmConfig, problem: Problem) -> tuple[int, int]:
+    """Tiles, and steps of k of each."""
+    high = config.tile_m * config.cluster
+    tiles = -(-problem.rows // high) * -(-problem.tokens // config.tile_t)
+    return tiles, problem.k_blocks * BLOCK // config.tile_k
+
+
+def candidates(config: GemmConfig, problem: Problem, device: Device) -> Iterator[Plan]:
+    """The ways to deal the tiles of ``config``: all of them whole, or those that do not fill a wave split along k."""
+    tiles, steps = grid(config, problem)
+    most = device.sms // config.cluster
+    yield _plan(config, problem, device, min(most, tiles), 0, 1)
+    if split := tiles % most:
+        for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
+            workers = most if tiles > most else split * parts
+            yield _plan(config, problem, device, workers, split, parts)
+
+
+def _plan(config: GemmConfig, problem: Problem, device: Device, workers: int, split: int, parts: int) -> Plan:
+    tiles, steps = grid(config, problem)
+    path = -(-(tiles - split) // workers) * steps + (-(-steps // parts) if split else 0)
+    weights = config.tile_m // BLOCK * config.weight_bytes
+    flops = 2 * config.tile_m * config.tile_t * config.tile_k
+    # One pass over the weights comes from memory; tokens that do not exist are written as zeros all the same.
+    padding = 2 * max(config.tile_t - problem.tokens, 0) * config.tile_k
+    cold = (weights + padding) / device.stream if problem.tokens <= 2 * config.tile_t else 0.0
+    pairs = 1.03 if config.cluster > 1 else 1.0  # a cluster fetches its tokens once, and the clock is higher for it
+    step = max(flops / device.multiply(config.tile_t) / pairs, (weights + config.token_bytes) / device.feed, cold)
+    partial = 4 * config.tile_m * config.tile_t
+    exchange = device.exchange + partial / device.feed * parts if split else 0.0
+    busy, moving = path * step, problem.nbytes / device.memory
+    seconds = device.launch + max(busy, moving) + 0.05 * min(busy, moving) + exchange
+    return Plan(config, workers, split, parts, seconds)
+
+
+def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
+    """Every 16 rows read all tokens again, from L2; what has no place on the SMs at once comes in a second wave."""
+    blocks = -(-problem.rows // 16)
+    again = 2 * blocks * problem.tokens * problem.columns / device.reread
+    resident = device.sms * (3 if config.batch <= 2 else 2)
+    late = 0.25 * problem.nbytes / device.memory if resident < blocks < 2 * resident else 0.0
+    return Plan(config, blocks, 0, 1, device.start + problem.nbytes / device.memory + again + late)
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, device: Device = H200) -> Plan:
+    """The plan with the least modelled time.
+
+    >>> plan = choose(Problem(8192, 8192, 8192))
+    >>> plan.config.tile_m, plan.config.tile_t, plan.workers
+    (128, 256, 132)
+    """
+    kind = {"dtype": problem.dtype, "bias": problem.bias}
+    plans = [plan for c in SHIPPED for plan in candidates(replace(c, **kind), problem, device)]
+    if problem.even:
+        plans += [gemv_plan(replace(c, **kind), problem, device) for c in SHIPPED_GEMV if problem.tokens <= c.tile_t]
+    best = min(plans, key=lambda plan: plan.seconds)
+    if os.environ.get("NMSPARSE_PRINT_CONFIG") == "1":
+        print(f"nmsparse: {problem} -> {best}", file=sys.stderr)
+    return best

@@ -1,0 +1,173 @@
+"""Which kernel for which product: frozen configs, what makes one valid, and the choice among them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .layout import BLOCK, BLOCK_BYTES
+
+__all__ = ["SHIPPED", "SHIPPED_GEMV", "GemmConfig", "GemvConfig"]
+
+SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90; the ring starts at a multiple of 1024
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Shape of the ``wgmma.sp`` kernel: a tile of ``64·warpgroups·blocks`` rows by ``tile_t`` tokens, ``tile_k`` of k a
+    step.
+    """
+
+    warpgroups: int = 2  # consumers
+    blocks: int = 1  # of 64 rows, for each consumer
+    tile_t: int = 256
+    tile_k: int = 64
+    stages: int = 5
+    cluster: int = 1  # CTAs along M that share the tokens by multicast
+    dtype: str = "f16"
+    bias: bool = False
+    group: int = 8  # row tiles that go through the tokens together
+    weights_hint: str | None = None  # L2 policy of the weights
+    tokens_hint: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Kernel and tile."""
+        return f"gemm {self.tile_m}x{self.tile_t}x{self.tile_k}"
+
+    @property
+    def tile_m(self) -> int:
+        return BLOCK * self.warpgroups * self.blocks
+
+    @property
+    def sums(self) -> int:
+        """Accumulators of a thread."""
+        return self.blocks * self.tile_t // 2
+
+    @property
+    def threads(self) -> int:
+        return 128 * (self.warpgroups + 1)
+
+    @property
+    def token_bytes(self) -> int:
+        """Tokens of one slot, 2 bytes each."""
+        return self.tile_t * self.tile_k * 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Packed weights of one slot for 64 rows."""
+        return self.tile_k // BLOCK * BLOCK_BYTES
+
+    @property
+    def slot_bytes(self) -> int:
+        """A slot; a multiple of 1024, which the 128-byte swizzle of the tokens asks for."""
+        return -(-(self.token_bytes + self.warpgroups * self.blocks * self.weight_bytes) // 1024) * 1024
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that the epilogue turns at a time."""
+        return next(size for size in (32, 16, 8) if self.tile_t % size == 0)
+
+    @property
+    def staging_bytes(self) -> int:
+        """What one warpgroup needs for the epilogue."""
+        return self.chunk * BLOCK * 2
+
+    @property
+    def shared_bytes(self) -> int:
+        """Ring, epilogue and barriers."""
+        return self.stages * self.slot_bytes + self.warpgroups * self.staging_bytes + 16 * self.stages
+
+    @property
+    def producer_registers(self) -> int:
+        """What the producer keeps of its share at launch; ``setmaxnreg`` gives the rest to the consumers."""
+        return {1: 88, 2: 40 if self.sums > 128 else 88, 3: 32}[self.warpgroups]
+
+    @property
+    def consumer_registers(self) -> int:
+        """At launch every thread has 65536 over the number of threads, rounded down to a multiple of 8."""
+        return {1: 240, 2: 232 if self.sums > 128 else 208, 3: 160}[self.warpgroups]
+
+    def problems(self) -> list[str]:
+        """Why the config cannot run; empty if it can."""
+        found = []
+        if self.warpgroups not in (1, 2, 3):
+            found.append(f"warpgroups={self.warpgroups}: 1 to 3 consumers share the registers")
+        if self.blocks not in (1, 2):
+            found.append(f"blocks={self.blocks}: a consumer has registers for 64 or 128 rows")
+        if self.tile_t != 8 and (self.tile_t % 16 or not 16 <= self.tile_t <= 256):
+            found.append(f"tile_t={self.tile_t}: wgmma takes up to 256 columns, the epilogue 8 or multiples of 16")
+        if self.tile_k not in (64, 128):
+            found.append(f"tile_k={self.tile_k}: a step is one or two blocks of 64")
+        if self.cluster not in (1, 2, 4) or (self.cluster > 1 and self.tile_t % (8 * self.cluster)):
+            found.append(f"cluster={self.cluster}: 1, 2 or 4 CTAs, each of which loads whole groups of 8 tokens")
+        if self.stages < 2:
+            found.append(f"stages={self.stages}: one slot fills while another is read")
+        if self.shared_bytes > SHARED_MEMORY:
+            found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
+        if self.warpgroups in (1, 2, 3) and self.sums + 36 > self.consumer_registers:
+            found.append(f"registers: {self.sums} sums a thread leave no room in {self.consumer_registers}")
+        return found
+
+
+@dataclass(frozen=True)
+class GemvConfig:
+    """Shape of the kernel for a handful of tokens: 16 rows by ``tile_t`` tokens for ``warps`` warps that share k."""
+
+    tile_t: int = 8
+    warps: int = 8
+    batch: int = 4  # blocks of k that a warp has under way
+    dtype: str = "f16"
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """Kernel and tile."""
+        return f"gemv 16x{self.tile_t}, {self.warps} warps x {self.batch}"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def shared_bytes(self) -> int:
+        """Sums of all warps."""
+        return 64 * self.warps * self.tile_t
+
+    def problems(self) -> list[str]:
+        """Why the config cannot run; empty if it can."""
+        found = []
+        if self.tile_t not in (8, 16):
+            found.append(f"tile_t={self.tile_t}: 8 or 16 tokens")
+        if not 1 <= self.warps <= 16:
+            found.append(f"warps={self.warps}: 1 to 16")
+        if self.batch not in (1, 2, 4):
+            found.append(f"batch={self.batch}: 1, 2 or 4 blocks fit in the registers")
+        return found
+
+
+# The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
+# for five slots. In pairs, CTAs fetch their tokens once for both, which saves power, and power is what limits an H200
+# there. Small ones stream the weights once and keep as much of them as possible under way; they do not stay in the
+# L2 cache.
+SHIPPED = (
+    GemmConfig(cluster=2, group=16),
+    GemmConfig(group=16),
+    GemmConfig(tile_t=192, stages=6),
+    *(GemmConfig(tile_t=tile_t, tile_k=128, stages=stages) for tile_t, stages in ((128, 4), (96, 5))),
+    *(
+        GemmConfig(warpgroups=warpgroups, tile_t=tile_t, tile_k=128, stages=stages, weights_hint="evict_first")
+        for warpgroups, tile_t, stages in (
+            (2, 64, 6),
+            (2, 32, 8),
+            (2, 16, 9),
+            (2, 8, 10),
+            (1, 64, 8),
+            (1, 32, 12),
+            (1, 16, 14),
+            (1, 8, 16),
+        )
+    ),
+)
+
+# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM.
+SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2))

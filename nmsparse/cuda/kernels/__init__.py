@@ -1,0 +1,1 @@
+"""One algorithm per file, written in the words of :mod:`nmsparse.cuda.tile` only."""

@@ -1,0 +1,65 @@
+"""The 2:4 product on Hopper: ``wgmma.sp``, warp-specialised, persistent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_gemm"]
+
+
+def make_gemm(tile: Any, cfg: Any) -> Any:
+    """``Y[t, m] = Σ_k X[t, k] · W[m, k] + bias[m]``, W packed 2:4 blocks, in the vocabulary ``tile`` for ``cfg``.
+
+    In NumPy, with the blocks decoded: ``Y = X @ W.T + bias``.
+
+    One warpgroup produces: it keeps a ring of shared-memory slots filled by the copy engine, a step of k in each. The
+    others consume: each multiplies its rows of W with the slot's tokens and holds the sums in registers. A slot is
+    *full* when its bytes have arrived and *empty* when all consumers are done with it. Persistent CTAs walk through
+    the pieces of :mod:`~nmsparse.cuda.schedule`; while sums are stored, the ring already fills for the next piece.
+    """
+
+    def gemm(w_gmem, x_gmem, y_gmem, bias_gmem, partial_gmem, flag_gmem, rows, tokens, pitch, k_blocks, split, parts):
+        tile.prefetch(x_gmem)
+        ring = tile.ring()
+        row_tiles, token_tiles, steps = tile.grid(rows, tokens, k_blocks)
+        tiles = row_tiles * token_tiles
+        pieces = tile.pieces(tiles, split, parts)
+        role = tile.role()
+        turn = 0
+        if role == tile.PRODUCER:
+            tile.give_registers()
+            if tile.elect():
+                for index in range(pieces):
+                    number, first, last = tile.piece(index, tiles, split, parts, steps)
+                    row, token = tile.place(number, row_tiles, token_tiles)
+                    for step in range(first, last):
+                        tile.wait_empty(ring, turn)
+                        tile.expect(ring, turn, row, rows)
+                        tile.load_tokens(ring, turn, x_gmem, token, step)
+                        tile.load_weights(ring, turn, w_gmem, row, step, rows, k_blocks)
+                        turn += 1
+        else:
+            tile.take_registers()
+            acc = tile.accumulator()
+            for index in range(pieces):
+                number, first, last = tile.piece(index, tiles, split, parts, steps)
+                row, token = tile.place(number, row_tiles, token_tiles)
+                tile.zero(acc)
+                for step in range(first, last):
+                    tile.wait_full(ring, turn)
+                    tile.wgmma_sp(acc, ring, turn)
+                    if step > first:
+                        tile.wait_wgmma_but_one()
+                        tile.release(ring, turn - 1)
+                    turn += 1
+                tile.wait_wgmma()
+                tile.release(ring, turn - 1)
+                if first > 0:
+                    tile.store_partial(acc, partial_gmem, flag_gmem)
+                else:
+                    if last < steps:
+                        tile.add_partials(acc, partial_gmem, flag_gmem, split, parts)
+                    tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)
+        tile.finish()
+
+    return gemm

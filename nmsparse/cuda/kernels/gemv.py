@@ -1,0 +1,31 @@
+"""The 2:4 product with a handful of tokens: straight from memory into registers, ``mma.sp``, one barrier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_gemv"]
+
+
+def make_gemv(tile: Any, cfg: Any) -> Any:
+    """``Y[t, m] = Σ_k X[t, k] · W[m, k] + bias[m]`` for at most ``cfg.tile_t`` tokens, W packed 2:4 blocks.
+
+    In NumPy, with the blocks decoded: ``Y = X @ W.T + bias``.
+
+    A CTA owns 16 rows of W and deals k to its warps, a batch of blocks each, all loads of a batch under way before its
+    first product. Nothing is staged: a product this small is over before a pipeline would fill. The warps' sums are
+    added in the order of the warps.
+    """
+
+    def gemv(w_gmem, x_gmem, y_gmem, bias_gmem, rows, tokens, columns, x_pitch, y_pitch, k_blocks):
+        acc, a, e, b = tile.accumulator(), tile.weight_registers(), tile.meta_registers(), tile.token_registers()
+        tile.zero(acc)
+        for block in range(tile.first_block(), k_blocks, tile.BLOCKS_A_ROUND):
+            tile.load_weights(a, e, w_gmem, block, k_blocks)
+            tile.load_tokens(b, x_gmem, block, tokens, columns, x_pitch)
+            tile.mma_sp(acc, a, e, b)
+        tile.share(acc)
+        tile.barrier()
+        tile.store(y_gmem, bias_gmem, rows, tokens, y_pitch)
+
+    return gemv

@@ -1,0 +1,163 @@
+"""``Y = X · Wᵀ`` on a GPU: prepare the weight once, choose a kernel for each number of tokens, launch it.
+
+What depends only on the weight and the number of tokens is looked up; what depends on the call is two addresses, a
+stream and a tensor map. No Numba, no synchronisation, no allocation but the output's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import NMSparseError, UnsupportedDeviceError
+from ..formats import NMArray, SparseArray
+from . import array, driver, launch
+from .array import DeviceArray
+from .choose import Plan, Problem, choose
+from .config import GemmConfig, GemvConfig
+from .layout import BLOCK
+from .pack import packed
+
+__all__ = ["Operand", "matmul", "operand"]
+
+DTYPES = {"float16": "f16", "bfloat16": "bf16"}
+MAPS = 512  # tensor maps remembered for each weight and number of tokens
+
+
+class Operand:
+    """A weight in the layout of the kernels, with the plans and kernels that were used with it."""
+
+    def __init__(self, weight: SparseArray):
+        values = weight.values
+        if not isinstance(weight, NMArray) or str(weight.pattern) != "2:4":
+            raise UnsupportedDeviceError(f"matmul on a GPU: expected a 2:4 weight, got {weight!r}; use its todense()")
+        if values.dtype.name not in DTYPES:
+            raise NMSparseError(
+                f"matmul on a GPU: expected float16 or bfloat16 values, got {weight!r}; use its astype()"
+            )
+        self.rows, self.columns = weight.shape
+        self.device, self.dtype, self.kind = values.device, values.dtype, DTYPES[values.dtype.name]
+        self.blocks = packed(weight)
+        self.launches: dict[tuple[int, bool], GemmLaunch | GemvLaunch] = {}
+
+
+class GemmLaunch:
+    """The ``wgmma.sp`` kernel of a plan, for one weight and number of tokens."""
+
+    def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        config = plan.config
+        self.plan, self.kernel, self.grid = plan, launch.gemm_kernel(config, weight.device), plan.blocks
+        self.box = config.tile_t // config.cluster, BLOCK
+        slots = self.grid * config.warpgroups if plan.split else 0
+        self.room = slots * config.sums * 128, slots
+        self.weight, self.tokens = weight, tokens
+        self.tail = weight.rows, tokens, weight.rows, weight.blocks.shape[1], plan.split, plan.parts
+        self.maps: dict[tuple[int, int], bytes] = {}
+
+    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        weight, place = self.weight, (x, pitch)
+        tensor_map = self.maps.get(place)
+        if tensor_map is None:
+            if len(self.maps) >= MAPS:
+                self.maps.clear()
+            shape = self.tokens, weight.columns
+            tensor_map = self.maps[place] = driver.tensor_map(x, shape, 2 * pitch, self.box, weight.kind)
+        partial = flags = 0
+        if self.plan.split:
+            space = launch.workspace(weight.device, stream, *self.room)
+            partial, flags = space.partial_pointer, space.flag_pointer
+        self.kernel(self.grid, stream, weight.blocks.pointer, tensor_map, y, bias, partial, flags, *self.tail)
+
+
+class GemvLaunch:
+    """The kernel for a handful of tokens."""
+
+    def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        self.plan, self.kernel, self.grid = plan, launch.gemv_kernel(plan.config, weight.device), plan.workers
+        self.weight, self.head, self.tail = weight, (weight.rows, tokens, weight.columns), weight.blocks.shape[1]
+
+    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        weight = self.weight
+        self.kernel(self.grid, stream, weight.blocks.pointer, x, y, bias, *self.head, pitch, weight.rows, self.tail)
+
+
+LAUNCHES = {GemmConfig: GemmLaunch, GemvConfig: GemvLaunch}
+
+
+def operand(weight: SparseArray) -> Operand:
+    """The prepared form of ``weight``, made at first use and kept with it."""
+    try:
+        return weight._cuda_operand
+    except AttributeError:
+        weight._cuda_operand = Operand(weight)
+        return weight._cuda_operand
+
+
+def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, config: Plan | None = None) -> Any:
+    """``x`` ``(…, K)`` times the transpose of a 2:4 ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``: ``(…, M)``.
+
+    ``x`` is an array on the weight's GPU, of torch, cupy or anything with DLPack, float16 or bfloat16 as the weight,
+    its last axis contiguous; rows may be any multiple of 16 bytes apart. The result is of the same kind, or is written
+    to ``out``, and comes on the caller's stream. ``config`` forces a :class:`~nmsparse.cuda.choose.Plan`. Sums are
+    fp32, in the same order in every call. Raises :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do
+    not fit.
+    """
+    kind = array.kind_of(x)
+    view = kind.view(x)
+    weight = operand(weight)
+    shape, pointer = view.shape, view.pointer
+    if shape[-1] != weight.columns or view.dtype != weight.dtype or view.device != weight.device:
+        raise _mismatch(view, weight)
+    tokens = view.size // weight.columns if len(shape) != 2 else shape[0]
+    pitch = _row_pitch(view)
+    lead = shape[:-1]
+    wanted = (*lead, weight.rows)
+    if out is None:
+        out = kind.empty(x, wanted, weight.dtype)
+        kind_out = kind
+    else:
+        kind_out = array.kind_of(out)
+    to = kind_out.address(out, wanted, weight.dtype)
+    if to is None:
+        held = array.view(out)
+        raise NMSparseError(f"matmul: expected out as contiguous {weight.dtype.name}{[*wanted]}, got {held!r}")
+    if not tokens or not weight.rows:
+        return out
+    if config is None:
+        key = tokens, bias is not None
+        ready = weight.launches.get(key) or weight.launches.setdefault(key, _choose(weight, *key))
+    else:
+        ready = LAUNCHES[type(config.config)](weight, config, tokens)
+    ready(kind.stream(x), pointer, pitch, to, 0 if bias is None else _bias(bias, weight))
+    return out
+
+
+def _choose(weight: Operand, tokens: int, bias: bool) -> GemmLaunch | GemvLaunch:
+    plan = choose(Problem(weight.rows, tokens, weight.columns, weight.kind, bias))
+    return LAUNCHES[type(plan.config)](weight, plan, tokens)
+
+
+def _row_pitch(x: DeviceArray) -> int:
+    """Elements between the rows of ``x`` seen as (tokens, K)."""
+    strides, shape = x.strides, x.shape
+    if len(shape) == 2 and strides[1] == 1 and shape[0] > 1:
+        return strides[0]
+    if len(shape) == 1:
+        return shape[0]
+    if strides[-1] != 1 and shape[-1] != 1:
+        raise NMSparseError(f"matmul: expected x with a contiguous last axis, got {x!r} with strides {strides}")
+    for axis in range(len(shape) - 2):
+        if strides[axis] != strides[axis + 1] * shape[axis + 1] and shape[axis] != 1:
+            raise NMSparseError(f"matmul: expected rows of x at one distance, got {x!r} with strides {strides}")
+    return strides[-2] if shape[-2] != 1 or len(shape) > 2 else shape[-1]
+
+
+def _bias(bias: Any, weight: Operand) -> int:
+    view = array.view(bias)
+    if view.shape != (weight.rows,) or view.dtype != weight.dtype or not view.contiguous:
+        raise NMSparseError(f"matmul: expected bias as {weight.dtype.name}[{weight.rows}], got {view!r}")
+    return view.pointer
+
+
+def _mismatch(x: DeviceArray, weight: Operand) -> NMSparseError:
+    wanted = f"{weight.dtype.name}[…, {weight.columns}] on cuda:{weight.device}"
+    return NMSparseError(f"matmul: expected x as {wanted}, the weight's dtype, columns and device, got {x!r}")

@@ -1,0 +1,13 @@
+"""PTX instructions as data, by family; :mod:`nmsparse.cuda.ptx.numba_glue` makes them callable in Numba kernels.
+
+===============  =====================================================================================
+``wgmma``        warpgroup products, dense and sparse, and their groups
+``mma``          warp products, dense and sparse
+``matrix``       8×8 matrices between shared memory and registers: ldmatrix, stmatrix, movmatrix
+``copy``         cp.async, bulk copies and tensor copies, multicast
+``barrier``      mbarrier, named barriers, cluster barriers
+``memory``       loads, stores, fences, conversions, redux, vote, setmaxnreg
+===============  =====================================================================================
+
+The only folder with PTX text. Each file is plain Python without a GPU library, so another front end can use it.
+"""

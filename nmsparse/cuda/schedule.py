@@ -1,0 +1,72 @@
+"""Which part of the product each CTA computes: whole tiles, then *split-K* for the tiles that do not fill a wave.
+
+A launch has ``tiles = row_tiles · token_tiles`` tiles of ``steps`` steps of k each and ``workers`` CTAs (or clusters)
+that all run at once. All but the last ``split`` tiles are dealt out whole. Each of the last ones is cut along k into
+``parts`` equal parts, one for each of ``split · parts`` workers; the worker with the first part owns the tile and adds
+the sums of the others in the order of k: the same order in every run.
+
+Workers with the same part walk through the same k at the same time. That matters more than an even load: what one
+reads, the L2 cache hands to all, while runs that begin anywhere (stream-K, Osama et al. 2023) were fed at two thirds
+of the rate on an H200 (benchmarks/LOG.md).
+
+Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:`~nmsparse.cuda.tile.gpu` gives
+``divide`` an instruction), the CPU twin and the tests call them as they are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["divide", "piece", "pieces", "place", "whole_tiles"]
+
+
+def divide(a, b):
+    """``⌊a / b⌋``. On the GPU one 32-bit instruction: a 64-bit division is a call, and wgmma waits at every call.
+
+    >>> divide(7, 2)
+    3
+    """
+    return a // b
+
+
+def whole_tiles(worker, workers, tiles, split):
+    """How many whole tiles ``worker`` has.
+
+    >>> [whole_tiles(w, 4, 10, 1) for w in range(4)]
+    [3, 2, 2, 2]
+    """
+    return divide(tiles - split + workers - 1 - worker, workers)
+
+
+def pieces(worker, workers, tiles, split, parts):
+    """How many pieces of work ``worker`` has: whole tiles and at most one part of a split one.
+
+    >>> [pieces(w, 4, 10, 2, 2) for w in range(4)]
+    [3, 3, 3, 3]
+    """
+    return whole_tiles(worker, workers, tiles, split) + (1 if worker < split * parts else 0)
+
+
+def piece(index, worker, workers, tiles, split, parts, steps):
+    """Piece ``index`` of ``worker``: its tile and its steps ``first..last-1``.
+
+    >>> [piece(i, 3, 4, 10, 2, 2, 8) for i in range(3)]
+    [(3, 0, 8), (7, 0, 8), (9, 4, 8)]
+    """
+    if index < whole_tiles(worker, workers, tiles, split):
+        return worker + index * workers, 0, steps
+    part = divide(worker, split)
+    first, last = divide(part * steps, parts), divide((part + 1) * steps, parts)
+    return tiles - split + worker - part * split, first, last
+
+
+def place(tile, row_tiles, token_tiles, group):
+    """``(row tile, token tile)`` of a tile number: ``group`` row tiles at a time, so that the tiles under way at one
+    time share rows and tokens in the L2 cache.
+
+    >>> [place(t, 3, 2, 2) for t in range(6)]
+    [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
+    """
+    band = divide(tile, group * token_tiles)
+    inside = tile - band * group * token_tiles
+    height = min(group, row_tiles - band * group)
+    token = divide(inside, height)
+    return band * group + inside - token * height, token

@@ -1,0 +1,142 @@
+"""What a launch consists of: CTAs with their rings in shared memory, and the roles that run in them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .barrier import Barrier, Meeting
+from .crew import Crew, KernelError
+
+__all__ = ["PRODUCER", "Accumulator", "Cta", "Group", "Machine", "Ring", "Role"]
+
+PRODUCER = -1
+POISON = 0xFF  # as 16-bit floats NaN, as metadata positions that do not ascend
+
+
+class Ring:
+    """Slots in shared memory, and the two barriers of each. A slot is poisoned when its refill begins."""
+
+    def __init__(self, cfg: Any, cta: int) -> None:
+        self.memory = np.full((cfg.stages, cfg.slot_bytes), POISON, np.uint8)
+        self.full = [Barrier(f"full[{slot}] of CTA {cta}") for slot in range(cfg.stages)]
+        self.empty = [Barrier(f"empty[{slot}] of CTA {cta}") for slot in range(cfg.stages)]
+        self.fills = [0] * cfg.stages  # fills of each slot begun so far
+
+    def begin(self, slot: int, fill: int) -> None:
+        """Fill number ``fill`` of ``slot`` begins, if it has not yet."""
+        if self.fills[slot] == fill:
+            self.memory[slot] = POISON
+            self.fills[slot] += 1
+
+
+@dataclass(eq=False)
+class Accumulator:
+    """Registers ``(128, sums)`` of a warpgroup; NaN until they are written."""
+
+    sums: np.ndarray
+
+
+@dataclass(eq=False)
+class Group:
+    """A committed group of ``wgmma``: what it adds to, the slot it reads, the metadata registers that it was given."""
+
+    acc: Accumulator
+    slot: int
+    turn: int
+    metadata: np.ndarray
+
+
+@dataclass(eq=False)
+class Role:
+    """One warpgroup: the producer (-1) or a consumer (0, 1, …) of a CTA, and what it has done so far."""
+
+    number: int
+    cta: Cta
+    seen: dict[Barrier, int] = field(default_factory=dict)  # phases that its waits have shown it
+    groups: deque[Group] = field(default_factory=deque)  # under way
+    released: list[int] = field(default_factory=list)  # how many fills of each slot it has given back
+    gone: bool = False
+
+    def __post_init__(self) -> None:
+        self.released = [0] * self.cta.machine.cfg.stages
+
+    def __str__(self) -> str:
+        who = "producer" if self.number == PRODUCER else f"consumer {self.number}"
+        return f"{who} of CTA {self.cta.number}"
+
+    def pause(self) -> None:
+        """Let other roles go on."""
+        self.cta.machine.crew.pause(str(self), lambda: True, lambda: "its turn")
+
+    def wait(self, barrier: Barrier, parity: int, turn: int) -> None:
+        """Wait as ``mbarrier.try_wait.parity`` does, and remember which phases are known to be complete."""
+        what = f"turn {turn}: parity {parity} of "
+        self.cta.machine.crew.pause(str(self), lambda: barrier.passed(parity), lambda: what + str(barrier))
+        self.seen[barrier] = barrier.phase
+
+    def meet(self) -> None:
+        """Wait for all roles of the cluster."""
+        met = self.cta.cluster[0].meeting.arrive()
+        self.cta.machine.crew.pause(str(self), met, lambda: "the other roles of its cluster")
+
+    def knows(self, barrier: Barrier, phases: int) -> bool:
+        """Whether a wait has shown it that ``phases`` phases are complete."""
+        return self.seen.get(barrier, 0) >= phases
+
+    def require(self, holds: bool, message: str) -> None:
+        """Raise unless ``holds``, in the name of this role."""
+        if not holds:
+            raise KernelError(f"{self}: {message}")
+
+
+class Cta:
+    """A thread block."""
+
+    def __init__(self, number: int, machine: Machine) -> None:
+        self.number, self.machine = number, machine
+        self.ring = Ring(machine.cfg, number)
+        self.roles = [Role(i, self) for i in range(PRODUCER, machine.cfg.warpgroups)]
+        self.meeting = Meeting(len(self.roles) * machine.cfg.cluster)
+
+    @property
+    def cluster(self) -> list[Cta]:
+        """The CTAs of its cluster, by rank."""
+        first = self.number - self.rank
+        return self.machine.ctas[first : first + self.machine.cfg.cluster]
+
+    @property
+    def rank(self) -> int:
+        """Its place in the cluster."""
+        return self.number % self.machine.cfg.cluster
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended, so that its shared memory no longer exists."""
+        return all(role.gone for role in self.roles)
+
+
+class Machine:
+    """All CTAs of a launch, at the same time."""
+
+    def __init__(self, cfg: Any, workers: int, seed: int) -> None:
+        self.cfg, self.workers, self.crew = cfg, workers, Crew(seed)
+        self.ctas = [Cta(number, self) for number in range(workers * cfg.cluster)]
+        self.stored: set[int] = set()  # elements of Y written so far
+
+    def check_end(self) -> None:
+        """Raise if a launch left something undone."""
+        for cta in self.ctas:
+            for barrier in cta.ring.full:
+                if not barrier.idle:
+                    raise KernelError(f"at the end, copies are still under way: {barrier}")
+            for consumer in cta.roles[1:]:
+                consumer.require(not consumer.groups, "ends while wgmma groups are under way; say wait_wgmma()")
+                for slot, fills in enumerate(cta.ring.fills):
+                    done = consumer.released[slot]
+                    consumer.require(
+                        done == fills, f"released {done} of {fills} fills of slot {slot}; each one has to be released"
+                    )

@@ -1,0 +1,242 @@
+"""The words of places, of the ring and of the products, on NumPy. Each gets the role that says it first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ....formats.fragments import WARPGROUP, swizzle_128b
+from ... import schedule
+from ...layout import BLOCK, BLOCK_BYTES
+from .machine import PRODUCER, Accumulator, Cta, Group, Ring, Role
+from .multiply import CHUNK_BYTES, add_to_registers, metadata_registers, sparse_product
+
+__all__ = ["consumer_words", "place_words", "producer_words", "ring_words"]
+
+Words = dict[str, Callable[..., Any]]
+DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+ROW_BYTES = 2 * BLOCK  # of a token in a slot: the span of the 128-byte swizzle
+
+
+def fill_and_slot(cfg: Any, role: Role, turn: int) -> tuple[int, int]:
+    """Which fill of which slot ``turn`` is."""
+    role.require(turn >= 0, f"turn {turn}: expected 0 or more")
+    return divmod(turn, cfg.stages)
+
+
+def place_words(cfg: Any) -> Words:
+    """Which part of the product a role works on."""
+
+    def worker(role: Role) -> tuple[int, int]:
+        return role.cta.number // cfg.cluster, role.cta.machine.workers
+
+    def grid(role: Role, rows: int, tokens: int, k_blocks: int) -> tuple[int, int, int]:
+        return -(-rows // (cfg.tile_m * cfg.cluster)), -(-tokens // cfg.tile_t), k_blocks * BLOCK // cfg.tile_k
+
+    def pieces(role: Role, tiles: int, split: int, parts: int) -> int:
+        return schedule.pieces(*worker(role), tiles, split, parts)
+
+    def piece(role: Role, index: int, tiles: int, split: int, parts: int, steps: int) -> tuple[int, int, int]:
+        return schedule.piece(index, *worker(role), tiles, split, parts, steps)
+
+    def place(role: Role, number: int, row_tiles: int, token_tiles: int) -> tuple[int, int]:
+        row, token = schedule.place(number, row_tiles, token_tiles, cfg.group)
+        return row * cfg.cluster + role.cta.rank, token
+
+    return {
+        "grid": grid,
+        "pieces": pieces,
+        "piece": piece,
+        "place": place,
+        "role": lambda role: role.number,
+        "elect": lambda role: True,
+    }
+
+
+def ring_words(cfg: Any) -> Words:
+    """From the start of a CTA to its end: the ring's barriers exist when all roles have met."""
+
+    def ring(role: Role) -> Ring:
+        if role.number == PRODUCER:
+            for full, empty in zip(role.cta.ring.full, role.cta.ring.empty, strict=True):
+                full.init(1)
+                empty.init(4 * cfg.warpgroups * cfg.cluster)
+        role.meet()
+        return role.cta.ring
+
+    def finish(role: Role) -> None:
+        if cfg.cluster > 1:
+            role.meet()
+
+    return {"prefetch": lambda role, x_gmem: None, "ring": ring, "finish": finish}
+
+
+def producer_words(cfg: Any) -> Words:
+    """What fills the ring."""
+    blocks, step_blocks = cfg.warpgroups * cfg.blocks, cfg.tile_k // BLOCK
+    share = cfg.tile_t // cfg.cluster  # tokens that one CTA brings for the cluster
+
+    def present(row: int, rows: int) -> int:
+        return min(max(-(-rows // BLOCK) - row * blocks, 0), blocks)
+
+    def begin(role: Role, cta: Cta, turn: int) -> int:
+        """The slot of ``turn`` in ``cta``, once nobody can be reading it."""
+        fill, slot = fill_and_slot(cfg, role, turn)
+        where = f"slot {slot} of CTA {cta.number} (turn {turn})"
+        role.require(not cta.gone, f"writes {where}, which has ended; say finish() at the end")
+        known = role.knows(role.cta.ring.empty[slot], fill)
+        role.require(known, f"fills {where} without having waited until it was empty; say wait_empty(ring, {turn})")
+        for consumer in cta.roles[1:]:
+            role.require(consumer.released[slot] >= fill, f"fills {where} before {consumer} has released it")
+        full = cta.ring.full[slot]
+        role.require(
+            full.phase == fill,
+            f"more bytes for {where} after its phase is complete: expect() announced too few, or named another turn",
+        )
+        cta.ring.begin(slot, fill)
+        return slot
+
+    def wait_empty(role: Role, ring: Ring, turn: int) -> None:
+        fill, slot = fill_and_slot(cfg, role, turn)
+        role.wait(ring.empty[slot], ~fill & 1, turn)
+
+    def expect(role: Role, ring: Ring, turn: int, row: int, rows: int) -> None:
+        slot = begin(role, role.cta, turn)
+        ring.full[slot].arrive(str(role), expect=cfg.token_bytes + present(row, rows) * cfg.weight_bytes)
+
+    def load_tokens(role: Role, ring: Ring, turn: int, x_gmem: np.ndarray, token: int, step: int) -> None:
+        row = role.cta.rank * share + np.arange(share)[:, None]
+        chunk = np.arange(ROW_BYTES // CHUNK_BYTES)
+        for cta in role.cta.cluster:
+            for j in range(step_blocks):
+                slot = begin(role, cta, turn)
+                box = _box(x_gmem, token * cfg.tile_t + row[0, 0], (step * step_blocks + j) * BLOCK, share)
+                first = j * cfg.tile_t * ROW_BYTES
+                target = cta.ring.memory[slot, first : first + cfg.tile_t * ROW_BYTES]
+                target = target.reshape(cfg.tile_t, -1, CHUNK_BYTES)
+
+                def land(target: np.ndarray = target, box: np.ndarray = box) -> None:
+                    target[row, swizzle_128b(row, chunk)] = box
+
+                cta.ring.full[slot].copy(box.nbytes, land)
+
+    def load_weights(
+        role: Role, ring: Ring, turn: int, w_gmem: np.ndarray, row: int, step: int, rows: int, k_blocks: int
+    ) -> None:
+        packed = w_gmem.reshape(-1, BLOCK_BYTES)
+        for i in range(present(row, rows)):
+            slot = begin(role, role.cta, turn)
+            first = (row * blocks + i) * k_blocks + step * step_blocks
+            inside = first >= 0 and first + step_blocks <= len(packed)
+            role.require(inside, f"load_weights: block {first} is not among the {len(packed)} of w_gmem")
+            source = packed[first : first + step_blocks].reshape(-1)
+            at = cfg.token_bytes + i * cfg.weight_bytes
+            target = ring.memory[slot, at : at + cfg.weight_bytes]
+            ring.full[slot].copy(source.nbytes, lambda target=target, source=source: np.copyto(target, source))
+
+    return {
+        "wait_empty": wait_empty,
+        "expect": expect,
+        "load_tokens": load_tokens,
+        "load_weights": load_weights,
+        "give_registers": lambda role: None,
+    }
+
+
+def _box(x_gmem: np.ndarray, token: int, column: int, share: int) -> np.ndarray:
+    """Chunks of ``share`` tokens × 64 columns as a tensor map brings them: zeros outside the tensor."""
+    inside = x_gmem[token : token + share, column : column + BLOCK].view(np.uint16)
+    box = np.zeros((share, BLOCK), np.uint16)
+    box[: inside.shape[0], : inside.shape[1]] = inside
+    return box.view(np.uint8).reshape(share, -1, CHUNK_BYTES)
+
+
+def consumer_words(cfg: Any) -> Words:
+    """What empties the ring into sums."""
+    dtype = DTYPES[cfg.dtype]
+    step_blocks, block_sums = cfg.tile_k // BLOCK, cfg.tile_t // 2
+
+    def accumulator(role: Role) -> Accumulator:
+        return Accumulator(np.full((WARPGROUP, cfg.sums), np.nan, np.float32))
+
+    def zero(role: Role, acc: Accumulator) -> None:
+        check_settled(role, acc, "zero")
+        acc.sums[:] = 0
+
+    def wait_full(role: Role, ring: Ring, turn: int) -> None:
+        fill, slot = fill_and_slot(cfg, role, turn)
+        role.wait(ring.full[slot], fill & 1, turn)
+
+    def packed(role: Role, slot: int) -> np.ndarray:
+        """The consumer's blocks in a slot, ``(blocks, steps of 64, bytes)``."""
+        at = cfg.token_bytes + role.number * cfg.blocks * cfg.weight_bytes
+        mine = role.cta.ring.memory[slot, at : at + cfg.blocks * cfg.weight_bytes]
+        return mine.reshape(cfg.blocks, step_blocks, BLOCK_BYTES)
+
+    def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int) -> None:
+        fill, slot = fill_and_slot(cfg, role, turn)
+        known = role.knows(ring.full[slot], fill + 1)
+        role.require(
+            known, f"multiplies slot {slot} (turn {turn}) without having waited until it was full; say wait_full first"
+        )
+        role.require(
+            role.released[slot] == fill, f"multiplies slot {slot} (turn {turn}), which it has already released"
+        )
+        role.groups.append(Group(acc, slot, turn, metadata_registers(packed(role, slot))))
+
+    def finish_oldest(role: Role) -> None:
+        """The hardware reads operands at any time before a wait returns; this is the latest."""
+        group = role.groups.popleft()
+        tokens = role.cta.ring.memory[group.slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
+        blocks = packed(role, group.slot)
+        for i in range(cfg.blocks):
+            sums = group.acc.sums[:, i * block_sums : (i + 1) * block_sums]
+            for j in range(step_blocks):
+                for half in (0, 1):
+                    d = sparse_product(tokens[j], blocks[i, j], group.metadata[i, j, half], half, dtype)
+                    add_to_registers(sums, d)
+
+    def wait_for_all_but(count: int) -> Callable[[Role], None]:
+        def wait(role: Role) -> None:
+            while len(role.groups) > count:
+                finish_oldest(role)
+
+        return wait
+
+    def release(role: Role, ring: Ring, turn: int) -> None:
+        fill, slot = fill_and_slot(cfg, role, turn)
+        for group in role.groups:
+            reads = group.slot == slot
+            role.require(
+                not reads, f"releases slot {slot} (turn {turn}) while the wgmma group of turn {group.turn} reads it"
+            )
+        known = role.knows(ring.full[slot], fill + 1)
+        role.require(known, f"releases slot {slot} (turn {turn}) without having waited until it was full")
+        done = role.released[slot]
+        role.require(done == fill, f"releases fill {fill} of slot {slot} (turn {turn}), but has released {done} so far")
+        role.released[slot] += 1
+        for cta in role.cta.cluster:
+            role.require(not cta.gone, f"arrives at CTA {cta.number}, which has ended; say finish() at the end")
+            cta.ring.empty[slot].arrive(str(role), times=4)
+
+    return {
+        "accumulator": accumulator,
+        "zero": zero,
+        "wait_full": wait_full,
+        "wgmma_sp": wgmma_sp,
+        "wait_wgmma": wait_for_all_but(0),
+        "wait_wgmma_but_one": wait_for_all_but(1),
+        "release": release,
+        "take_registers": lambda role: None,
+    }
+
+
+def check_settled(role: Role, acc: Accumulator, word: str) -> None:
+    """Raise if a group that adds to ``acc`` is under way."""
+    for group in role.groups:
+        role.require(
+            group.acc is not acc, f"{word} touches sums in flight: the wgmma group of turn {group.turn} adds to them"
+        )

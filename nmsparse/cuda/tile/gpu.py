@@ -1,0 +1,273 @@
+"""The vocabulary on Numba CUDA: each word a device function that the compiler inlines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from .. import schedule
+from ..layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
+from ..ptx import barrier, copy, memory, wgmma
+from ..ptx.numba_glue import address_of, callable_of, registers, teach
+from .store import make_store, sequence
+
+u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
+
+jit = cuda.jit(device=True, forceinline=True)
+
+divide = callable_of(memory.divide)
+teach(schedule.divide, lambda a, b: i32(divide(a, b)))
+for function in (schedule.whole_tiles, schedule.pieces, schedule.piece, schedule.place):
+    teach(function)
+
+
+def descriptor(leading: int, stride: int, swizzle: int = 0) -> int:
+    """Upper part of a wgmma matrix descriptor: byte offsets between core matrices, swizzle mode (1 = 128 bytes).
+
+    Source: PTX ISA, "Matrix descriptor format".
+    """
+    return (leading >> 4) << 16 | (stride >> 4) << 32 | swizzle << 62
+
+
+def make(cfg: Any) -> ModuleType:
+    """The words for ``cfg``, as a module that a kernel text receives."""
+    tile = ModuleType("tile")
+    tile.PRODUCER = -1
+    for part in (_place_words, _ring_words, _producer_words, _consumer_words, make_store):
+        for word, function in part(cfg).items():
+            setattr(tile, word, function)
+    return tile
+
+
+def _place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    TILE_M, TILE_T, STEP, CLUSTER, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, cfg.cluster, cfg.group
+    rank = callable_of(memory.cluster_rank)
+    pieces_of, piece_of, place_of = schedule.pieces, schedule.piece, schedule.place
+
+    @jit
+    def worker():
+        return cuda.blockIdx.x // CLUSTER
+
+    @jit
+    def workers():
+        return cuda.gridDim.x // CLUSTER
+
+    @jit
+    def grid(rows, tokens, k_blocks):
+        high = TILE_M * CLUSTER
+        return (rows + high - 1) // high, (tokens + TILE_T - 1) // TILE_T, k_blocks // STEP
+
+    @jit
+    def pieces(tiles, split, parts):
+        return pieces_of(worker(), workers(), tiles, split, parts)
+
+    @jit
+    def piece(index, tiles, split, parts, steps):
+        return piece_of(index, worker(), workers(), tiles, split, parts, steps)
+
+    @jit
+    def place(number, row_tiles, token_tiles):
+        row, token = place_of(number, row_tiles, token_tiles, GROUP)
+        if CLUSTER > 1:
+            row = row * CLUSTER + i32(rank())
+        return row, token
+
+    @jit
+    def role():
+        return cuda.threadIdx.x // 128 - 1
+
+    @jit
+    def elect():
+        return cuda.threadIdx.x == 0
+
+    return {"grid": grid, "pieces": pieces, "piece": piece, "place": place, "role": role, "elect": elect}
+
+
+def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    STAGES, SLOT, CLUSTER = cfg.stages, cfg.slot_bytes, cfg.cluster
+    ARRIVALS = 4 * cfg.warpgroups * CLUSTER  # one of each consumer warp
+    BARRIERS = STAGES * SLOT + cfg.warpgroups * cfg.staging_bytes
+    to_shared, init = callable_of(memory.cvta_shared), callable_of(barrier.init)
+    fence_init, fence_async = callable_of(memory.fence_mbarrier_init), callable_of(memory.fence_proxy_async)
+    block_barrier, wait = callable_of(barrier.block_barrier), callable_of(barrier.wait)
+    cluster_arrive, cluster_wait = callable_of(barrier.cluster_arrive), callable_of(barrier.cluster_wait)
+    arrive, arrive_remote = callable_of(barrier.arrive), callable_of(barrier.arrive_remote)
+    give = callable_of(memory.set_max_registers(cfg.producer_registers, grow=False))
+    take = callable_of(memory.set_max_registers(cfg.consumer_registers, grow=True))
+
+    @jit
+    def meet():
+        if CLUSTER > 1:
+            cluster_arrive()
+            cluster_wait()
+        else:
+            block_barrier()
+
+    @jit
+    def ring():
+        base = (to_shared(address_of(cuda.shared.array(0, types.uint8))) + 1023) & ~1023
+        if cuda.threadIdx.x == 0:
+            for slot in range(STAGES):
+                init(base + BARRIERS + 8 * slot, 1)
+                init(base + BARRIERS + 8 * (STAGES + slot), ARRIVALS)
+            fence_init()
+            fence_async()
+        meet()
+        return u32(base)
+
+    @jit
+    def wait_full(ring, turn):
+        wait(ring + BARRIERS + 8 * (u32(turn) % u32(STAGES)), u32(turn) // u32(STAGES) & u32(1))
+
+    @jit
+    def wait_empty(ring, turn):
+        wait(ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES)), ~(u32(turn) // u32(STAGES)) & u32(1))
+
+    @jit
+    def release(ring, turn):
+        if cuda.threadIdx.x % 32 == 0:
+            empty = ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES))
+            if CLUSTER > 1:
+                for peer in range(CLUSTER):
+                    arrive_remote(empty, peer)
+            else:
+                arrive(empty)
+
+    @jit
+    def finish():
+        if CLUSTER > 1:  # a CTA stays until its peers no longer write to its ring
+            meet()
+
+    @jit
+    def give_registers():
+        give()
+
+    @jit
+    def take_registers():
+        take()
+
+    return {
+        "ring": ring,
+        "wait_full": wait_full,
+        "wait_empty": wait_empty,
+        "release": release,
+        "finish": finish,
+        "give_registers": give_registers,
+        "take_registers": take_registers,
+    }
+
+
+def _producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    STAGES, SLOT, CLUSTER, BLOCKS = cfg.stages, cfg.slot_bytes, cfg.cluster, cfg.warpgroups * cfg.blocks
+    STEP, TILE_T, TOKENS, WEIGHTS = cfg.tile_k // BLOCK, cfg.tile_t, cfg.token_bytes, cfg.weight_bytes
+    BARRIERS = STAGES * SLOT + cfg.warpgroups * cfg.staging_bytes
+    SHARE = TILE_T // CLUSTER  # tokens that one CTA of the cluster brings for all
+    EVERYONE = (1 << CLUSTER) - 1
+    prefetch_map = callable_of(copy.tensor_prefetch)
+    expect_bytes, bulk = callable_of(barrier.expect_bytes), callable_of(copy.bulk_load(cfg.weights_hint))
+    load = callable_of(copy.tensor_load(hint=cfg.tokens_hint))
+    multicast = callable_of(copy.tensor_load(multicast=True, hint=cfg.tokens_hint))
+    rank = callable_of(memory.cluster_rank)
+
+    @jit
+    def present(row, rows):
+        """Blocks of row tile ``row`` that exist."""
+        blocks = (rows + BLOCK - 1) // BLOCK - row * BLOCKS
+        return min(max(blocks, 0), BLOCKS)
+
+    @jit
+    def prefetch(x_gmem):
+        if cuda.threadIdx.x == 0:
+            prefetch_map(x_gmem)
+
+    @jit
+    def expect(ring, turn, row, rows):
+        full = ring + BARRIERS + 8 * (u32(turn) % u32(STAGES))
+        expect_bytes(full, TOKENS + present(row, rows) * WEIGHTS)
+
+    @jit
+    def load_tokens(ring, turn, x_gmem, token, step):
+        slot = u32(turn) % u32(STAGES)
+        full, to = ring + BARRIERS + 8 * slot, ring + slot * u32(SLOT)
+        for j in range(STEP):
+            if CLUSTER > 1:
+                first = i32(rank()) * SHARE
+                at = to + (j * TILE_T + first) * 128
+                multicast(at, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T + first, full, EVERYONE)
+            else:
+                load(to + j * TILE_T * 128, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T, full)
+
+    @jit
+    def load_weights(ring, turn, w_gmem, row, step, rows, k_blocks):
+        slot = u32(turn) % u32(STAGES)
+        full, to = ring + BARRIERS + 8 * slot, ring + slot * u32(SLOT) + TOKENS
+        for i in range(present(row, rows)):
+            block = u64(row * BLOCKS + i) * u64(k_blocks) + u64(step * STEP)
+            bulk(to + i * WEIGHTS, w_gmem + block * u64(BLOCK_BYTES), WEIGHTS, full)
+
+    return {"prefetch": prefetch, "expect": expect, "load_tokens": load_tokens, "load_weights": load_weights}
+
+
+def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    STAGES, SLOT, STEP = cfg.stages, cfg.slot_bytes, cfg.tile_k // BLOCK
+    TILE_T, TOKENS, WEIGHTS, SUMS, BLOCKS = cfg.tile_t, cfg.token_bytes, cfg.weight_bytes, cfg.sums, cfg.blocks
+    A_DESCRIPTOR = u64(descriptor(leading=128, stride=512))
+    B_DESCRIPTOR = u64(descriptor(leading=16, stride=1024, swizzle=1))
+    multiplies = [callable_of(wgmma.wgmma_sp(TILE_T, cfg.dtype), first=i * TILE_T // 2) for i in range(BLOCKS)]
+    fence, commit = callable_of(wgmma.fence), callable_of(wgmma.commit)
+    wait_0, wait_1 = callable_of(wgmma.wait(0)), callable_of(wgmma.wait(1))
+    metadata = callable_of(memory.load("shared", "u32", 2))
+
+    @jit
+    def zero(acc):
+        for i in range(SUMS):
+            acc[i] = f32(0)
+
+    def step_of(i, j):
+        """Columns 64j..64j+63 of the slot times rows 64i..64i+63 of the warpgroup: two k32 instructions."""
+        multiply, block = multiplies[i], i * WEIGHTS + j * BLOCK_BYTES
+        A, B = u64(block // 16), u64(j * TILE_T * 8)
+
+        @jit
+        def part(acc, weights, word, a, b):
+            even, odd = metadata(weights + block + VALUE_BYTES + word * 8)
+            multiply(acc, a + A, b + B, even, 1)
+            multiply(acc, a + A + u64(256 // 16), b + B + u64(64 // 16), odd, 1)
+
+        return part
+
+    steps = sequence([step_of(i, j) for j in range(STEP) for i in range(BLOCKS)])
+
+    @jit
+    def wgmma_sp(acc, ring, turn):
+        thread = u32(cuda.threadIdx.x)
+        slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
+        weights = slot + TOKENS + (thread // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
+        lane = thread % u32(32)
+        word = thread % u32(128) // u32(32) * u32(16) + lane // u32(4) * u32(2) + lane % u32(2)
+        # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
+        a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
+        b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR
+        fence()
+        steps(acc, u32(weights), u32(word), a, b)
+        commit()
+
+    @jit
+    def wait_wgmma():
+        wait_0()
+
+    @jit
+    def wait_wgmma_but_one():
+        wait_1()
+
+    return {
+        "accumulator": registers(SUMS),
+        "zero": zero,
+        "wgmma_sp": wgmma_sp,
+        "wait_wgmma": wait_wgmma,
+        "wait_wgmma_but_one": wait_wgmma_but_one,
+    }

@@ -1,0 +1,78 @@
+"""Every step of every tile is computed exactly once, and the load is even."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmsparse.cuda import schedule
+
+
+@st.composite
+def launches(draw):
+    """``workers, tiles, split, parts, steps`` that a launch may have: a worker for each part, a step for each part."""
+    workers, tiles, steps = draw(st.integers(1, 200)), draw(st.integers(0, 600)), draw(st.integers(1, 300))
+    parts = draw(st.integers(1, min(workers, steps)))
+    return workers, tiles, draw(st.integers(0, min(tiles, workers // parts))), parts, steps
+
+
+def pieces_of(worker, workers, tiles, split, parts, steps):
+    count = schedule.pieces(worker, workers, tiles, split, parts)
+    return [schedule.piece(i, worker, workers, tiles, split, parts, steps) for i in range(count)]
+
+
+@given(launches())
+def test_every_step_is_covered_once(launch):
+    workers, tiles, _, _, steps = launch
+    covered = [[] for _ in range(tiles)]
+    for worker in range(workers):
+        for number, first, last in pieces_of(worker, *launch):
+            assert first < last
+            covered[number].append((first, last))
+    for runs in covered:
+        ends = [0, *(last for _, last in sorted(runs))]
+        assert [first for first, _ in sorted(runs)] == ends[:-1] and ends[-1] == steps
+
+
+@given(launches())
+def test_the_load_is_even(launch):
+    workers, tiles, split, parts, _ = launch
+    whole = [schedule.whole_tiles(worker, workers, tiles, split) for worker in range(workers)]
+    assert max(whole) - min(whole) <= 1 and sum(whole) == tiles - split
+    shares = [last - first for w in range(split * parts) for _, first, last in pieces_of(w, *launch)[whole[w] :]]
+    assert not shares or max(shares) - min(shares) <= 1
+    assert len(shares) == split * parts
+
+
+@given(launches())
+def test_owners_find_their_peers(launch):
+    """The owner adds the sums of workers ``split, 2·split, …`` further on, in the order of k; each stores one sum."""
+    workers, _, split, parts, steps = launch
+    stored = Counter()
+    for worker in range(workers):
+        for number, first, last in pieces_of(worker, *launch):
+            if first > 0:
+                stored[worker] += 1
+            elif last < steps:
+                peers = [pieces_of(worker + part * split, *launch)[-1] for part in range(1, parts)]
+                assert [peer[0] for peer in peers] == [number] * (parts - 1)
+                assert [first for _, first, _ in peers] == [last for _, _, last in [(number, 0, last), *peers]][:-1]
+                assert peers[-1][2] == steps
+    assert set(stored.values()) <= {1}
+    assert len(stored) == split * (parts - 1)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12))
+def test_places_are_all_tiles(row_tiles, token_tiles, group):
+    places = {schedule.place(tile, row_tiles, token_tiles, group) for tile in range(row_tiles * token_tiles)}
+    assert places == {(row, token) for row in range(row_tiles) for token in range(token_tiles)}
+
+
+@pytest.mark.parametrize("group", [1, 4, 8])
+def test_neighbours_share_rows(group):
+    """Any ``group · n`` tiles in a row touch about ``group`` row tiles: what the L2 cache keeps."""
+    places = [schedule.place(tile, 16, 10, group) for tile in range(group * 10)]
+    assert {row for row, _ in places} == set(range(group))
