@@ -14,10 +14,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..errors import NMSparseError
+from . import config_mma
 from .config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
+from .config_mma import MmaConfig
 from .layout import BLOCK, BLOCK_BYTES, blocks_of
 
-__all__ = ["H200", "Device", "Plan", "Problem", "candidates", "choose"]
+__all__ = ["H200", "Device", "Plan", "Problem", "candidates", "choose", "plans"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Device:
 
     sms: int
     memory: float  # bytes/s of the whole GPU
+    arch: str = "sm_90a"
     feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
     stream: float = 46e9  # the same, from memory
     reread: float = 10e12  # bytes/s of tokens that many CTAs read at once
@@ -33,16 +37,30 @@ class Device:
     launch: float = 2.5e-6  # launch of a pipelined kernel, until its ring is filled
     exchange: float = 2.2e-6  # of partial sums between CTAs, besides the bytes
 
-    def multiply(self, tile_t: int) -> float:
-        """FLOP/s of one SM on tiles of ``tile_t`` tokens: the measured ceilings of ``wgmma.sp`` with operands in place,
-        of which the kernel reaches 86 % when it also has to fetch them."""
-        ceilings = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-        for tokens, rate in ceilings:
-            if tile_t >= tokens:
-                return 0.86 * rate / 132
-        return 0.86 * 1090e12 / 132 * tile_t / 64
+    @property
+    def hopper(self) -> bool:
+        """Whether it has ``wgmma`` and the bulk copy engine."""
+        return self.arch == "sm_90a"
+
+    def multiply(self, config: GemmConfig | MmaConfig) -> float:
+        """FLOP/s of one SM on tiles of ``config``.
+
+        ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
+        fetch them, and a little more where a cluster fetches its tokens once, since that lets the clock rise.
+        ``mma.sp``: what the kernel reached; less where it loads the tokens element by element.
+        """
+        if isinstance(config, MmaConfig):
+            return (MMA if config.vector and not config.gather else MMA_ELEMENTS) / 132
+        pairs = 1.03 if config.cluster > 1 else 1.0
+        for tokens, rate in WGMMA:
+            if config.tile_t >= tokens:
+                return pairs * 0.86 * rate / 132
+        return pairs * 0.86 * WGMMA[-1][1] / 132 * config.tile_t / WGMMA[-1][0]
 
 
+# FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
+WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
+MMA, MMA_ELEMENTS = 550e12, 150e12
 MOST_PARTS = 8
 
 H200 = Device(sms=132, memory=4.2e12)
@@ -50,32 +68,33 @@ H200 = Device(sms=132, memory=4.2e12)
 
 @dataclass(frozen=True)
 class Problem:
-    """``Y (tokens, rows) = X (tokens, columns) · Wᵀ`` with a 2:4 weight."""
+    """``Y (tokens, rows) = X (tokens, columns) · Wᵀ`` with a weight whose blocks are 2:4."""
 
     rows: int
     tokens: int
     columns: int
     dtype: str = "f16"
     bias: bool = False
-    even: bool = True  # rows of X start at multiples of 4 bytes
+    alignment: int = 16  # of the address of X and of the bytes between its rows: 16, 4 or 2
+    gather: tuple[int, int] | None = None  # (v, m) of V:N:M
 
     @property
     def k_blocks(self) -> int:
-        """Blocks of 64 along K, as packed."""
-        return blocks_of(self.rows, self.columns)[1]
+        """Blocks of 64 along K, as packed: of the condensed columns of V:N:M."""
+        condensed = -(-self.columns // self.gather[1]) * 4 if self.gather else self.columns
+        return blocks_of(self.rows, condensed)[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes that have to move: packed weights, X and Y once."""
-        down, along = blocks_of(self.rows, self.columns)
-        return down * along * BLOCK_BYTES + 2 * self.tokens * (self.columns + self.rows)
+        return -(-self.rows // BLOCK) * self.k_blocks * BLOCK_BYTES + 2 * self.tokens * (self.columns + self.rows)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A config, how many clusters of CTAs run it, how many tiles are split into how many parts, the modelled time."""
 
-    config: GemmConfig | GemvConfig
+    config: GemmConfig | GemvConfig | MmaConfig
     workers: int
     split: int
     parts: int
@@ -96,17 +115,17 @@ class Plan:
         return f"{shape}, {self.split} tiles in {self.parts} parts" if self.split else shape
 
 
-def grid(config: GemmConfig, problem: Problem) -> tuple[int, int]:
+def grid(config: GemmConfig | MmaConfig, problem: Problem) -> tuple[int, int]:
     """Tiles, and steps of k of each."""
-    high = config.tile_m * config.cluster
+    high = config.tile_m * getattr(config, "cluster", 1)
     tiles = -(-problem.rows // high) * -(-problem.tokens // config.tile_t)
     return tiles, problem.k_blocks * BLOCK // config.tile_k
 
 
-def candidates(config: GemmConfig, problem: Problem, device: Device) -> Iterator[Plan]:
+def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device) -> Iterator[Plan]:
     """The ways to deal the tiles of ``config``: all of them whole, or those that do not fill a wave split along k."""
     tiles, steps = grid(config, problem)
-    most = device.sms // config.cluster
+    most = device.sms // getattr(config, "cluster", 1)
     yield _plan(config, problem, device, min(most, tiles), 0, 1)
     if split := tiles % most:
         for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
@@ -114,7 +133,9 @@ def candidates(config: GemmConfig, problem: Problem, device: Device) -> Iterator
             yield _plan(config, problem, device, workers, split, parts)
 
 
-def _plan(config: GemmConfig, problem: Problem, device: Device, workers: int, split: int, parts: int) -> Plan:
+def _plan(
+    config: GemmConfig | MmaConfig, problem: Problem, device: Device, workers: int, split: int, parts: int
+) -> Plan:
     tiles, steps = grid(config, problem)
     path = -(-(tiles - split) // workers) * steps + (-(-steps // parts) if split else 0)
     weights = config.tile_m // BLOCK * config.weight_bytes
@@ -122,8 +143,7 @@ def _plan(config: GemmConfig, problem: Problem, device: Device, workers: int, sp
     # One pass over the weights comes from memory; tokens that do not exist are written as zeros all the same.
     padding = 2 * max(config.tile_t - problem.tokens, 0) * config.tile_k
     cold = (weights + padding) / device.stream if problem.tokens <= 2 * config.tile_t else 0.0
-    pairs = 1.03 if config.cluster > 1 else 1.0  # a cluster fetches its tokens once, and the clock is higher for it
-    step = max(flops / device.multiply(config.tile_t) / pairs, (weights + config.token_bytes) / device.feed, cold)
+    step = max(flops / device.multiply(config), (weights + config.token_bytes) / device.feed, cold)
     partial = 4 * config.tile_m * config.tile_t
     exchange = device.exchange + partial / device.feed * parts if split else 0.0
     busy, moving = path * step, problem.nbytes / device.memory
@@ -140,19 +160,36 @@ def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     return Plan(config, blocks, 0, 1, device.start + problem.nbytes / device.memory + again + late)
 
 
+def plans(problem: Problem, device: Device) -> Iterator[Plan]:
+    """Every way to compute ``problem`` on ``device``: ``wgmma.sp`` on Hopper for tokens that the copy engine can read,
+    ``mma.sp`` for all else, straight from memory for a handful of tokens."""
+    kind = {"dtype": problem.dtype, "bias": problem.bias}
+    vector = problem.alignment >= 16 and not problem.gather
+    if device.hopper and vector:
+        for config in SHIPPED:
+            yield from candidates(replace(config, **kind), problem, device)
+    else:
+        for config in config_mma.SHIPPED:
+            config = replace(config, **kind, vector=vector, gather=problem.gather)
+            if not config.problems(device.arch):
+                yield from candidates(config, problem, device)
+    if problem.alignment >= 4 and not problem.gather:
+        for config in SHIPPED_GEMV:
+            if problem.tokens <= config.tile_t:
+                yield gemv_plan(replace(config, **kind), problem, device)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device = H200) -> Plan:
-    """The plan with the least modelled time.
+    """The plan with the least modelled time; :class:`~nmsparse.errors.NMSparseError` if nothing can compute it.
 
     >>> plan = choose(Problem(8192, 8192, 8192))
-    >>> plan.config.tile_m, plan.config.tile_t, plan.workers
+    >>> plan.config.tile_m, plan.config.tile_t, plan.blocks
     (128, 256, 132)
     """
-    kind = {"dtype": problem.dtype, "bias": problem.bias}
-    plans = [plan for c in SHIPPED for plan in candidates(replace(c, **kind), problem, device)]
-    if problem.even:
-        plans += [gemv_plan(replace(c, **kind), problem, device) for c in SHIPPED_GEMV if problem.tokens <= c.tile_t]
-    best = min(plans, key=lambda plan: plan.seconds)
+    best = min(plans(problem, device), key=lambda plan: plan.seconds, default=None)
+    if best is None:
+        raise NMSparseError(f"no kernel for {problem} on {device.arch}; V:N:M needs v as a multiple of 64")
     if os.environ.get("NMSPARSE_PRINT_CONFIG") == "1":
-        print(f"nmsparse: {problem} -> {best}", file=sys.stderr)
+        print(f"nmsparse: {problem}: {best.describe()}, modelled {best.seconds * 1e6:.1f} µs", file=sys.stderr)
     return best

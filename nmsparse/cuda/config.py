@@ -48,6 +48,11 @@ class GemmConfig:
         return 128 * (self.warpgroups + 1)
 
     @property
+    def partial_slots(self) -> tuple[int, int]:
+        """Partial sums that a CTA may leave: how many sets, each with a flag, and the floats of one."""
+        return self.warpgroups, self.sums * 128
+
+    @property
     def token_bytes(self) -> int:
         """Tokens of one slot, 2 bytes each."""
         return self.tile_t * self.tile_k * 2
@@ -79,19 +84,24 @@ class GemmConfig:
 
     @property
     def producer_registers(self) -> int:
-        """What the producer keeps of its share at launch; ``setmaxnreg`` gives the rest to the consumers."""
-        return {1: 88, 2: 40 if self.sums > 128 else 88, 3: 32}[self.warpgroups]
+        """What the producer keeps of its share at launch: the more copies a step has, the more addresses."""
+        two = 40 if self.sums > 128 else 72 if self.tile_k == BLOCK else 88
+        return 88 if self.warpgroups == 1 else two
 
     @property
     def consumer_registers(self) -> int:
-        """At launch every thread has 65536 over the number of threads, rounded down to a multiple of 8."""
-        return {1: 240, 2: 232 if self.sums > 128 else 208, 3: 160}[self.warpgroups]
+        """At launch every thread has its share of 65536, in eights; ``setmaxnreg`` moves some to the consumers."""
+        return 240 if self.warpgroups == 1 else 252 - self.producer_registers // 2
 
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
         found = []
-        if self.warpgroups not in (1, 2, 3):
-            found.append(f"warpgroups={self.warpgroups}: 1 to 3 consumers share the registers")
+        if self.dtype not in ("f16", "bf16"):
+            found.append(f"dtype={self.dtype}: the operands are f16 or bf16")
+        if self.group < 1:
+            found.append(f"group={self.group}: at least one row tile at a time")
+        if self.warpgroups not in (1, 2):
+            found.append(f"warpgroups={self.warpgroups}: one or two consumers; three leave each too few registers")
         if self.blocks not in (1, 2):
             found.append(f"blocks={self.blocks}: a consumer has registers for 64 or 128 rows")
         if self.tile_t != 8 and (self.tile_t % 16 or not 16 <= self.tile_t <= 256):
@@ -104,7 +114,7 @@ class GemmConfig:
             found.append(f"stages={self.stages}: one slot fills while another is read")
         if self.shared_bytes > SHARED_MEMORY:
             found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
-        if self.warpgroups in (1, 2, 3) and self.sums + 36 > self.consumer_registers:
+        if self.sums + (56 if self.blocks == 1 else 80) > self.consumer_registers:
             found.append(f"registers: {self.sums} sums a thread leave no room in {self.consumer_registers}")
         return found
 

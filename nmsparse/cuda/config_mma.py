@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 from .layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 
-__all__ = ["SHARED_MEMORY", "SHIPPED", "SIGNATURE", "MmaConfig"]
+__all__ = [
+    "SHARED_MEMORY",
+    "SHIPPED",
+    "SIGNATURE",
+    "MmaConfig",
+    "metadata_place",
+    "metadata_word",
+    "token_place",
+    "value_row",
+    "weights_place",
+]
 
 # weights, tokens, indices, output, bias, partial sums, flags;
 # rows, tokens, columns, blocks along k, pitches of tokens and output in elements, split tiles and their parts
@@ -36,6 +46,16 @@ class MmaConfig:
     vector: bool = True  # the address and the pitch of the tokens are multiples of 16 bytes
     gather: tuple[int, int] | None = None  # (v, m): each v rows of W keep 4 of every m columns
     group: int = 8  # row tiles that go through the tokens together
+
+    @property
+    def name(self) -> str:
+        """Kernel and tile."""
+        return f"mma {self.tile_m}x{self.tile_t}x{self.tile_k}"
+
+    @property
+    def partial_slots(self) -> tuple[int, int]:
+        """Partial sums that a CTA may leave: how many sets, each with a flag, and the floats of one."""
+        return 1, self.sums * self.threads
 
     @property
     def warps(self) -> int:
@@ -124,7 +144,6 @@ SHIPPED = (
     MmaConfig(tile_m=128, tile_t=128, tile_k=64, warps_m=2, warps_t=4, stages=3),
     MmaConfig(tile_m=128, tile_t=128, tile_k=64, warps_m=2, warps_t=2, stages=3),
     MmaConfig(tile_m=256, tile_t=128, tile_k=64, warps_m=4, warps_t=2, stages=4),
-    MmaConfig(tile_m=256, tile_t=128, tile_k=128, warps_m=4, warps_t=2, stages=3),
 )
 
 

@@ -38,7 +38,7 @@ __all__ = [
 U32, U64, POINTER = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID: the values of cuda.h.
-SM_COUNT, CAPABILITY_MAJOR, CAPABILITY_MINOR, L2_BYTES = 16, 75, 76, 38
+SM_COUNT, CAPABILITY_MAJOR, CAPABILITY_MINOR, MEMORY_CLOCK, BUS_WIDTH = 16, 75, 76, 36, 37
 MAX_DYNAMIC_SHARED = 8
 LAUNCH_CLUSTER = 4
 

@@ -6,14 +6,20 @@ The hot path passes raw addresses to the driver; Numba is imported only to compi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from . import array, cache, driver
+from ..errors import UnsupportedDeviceError
+from . import array, cache, config_mma, driver
+from .choose import H200, Device
 from .compiler import Cubin, compile_kernel
 from .config import GemmConfig, GemvConfig
+from .config_mma import MmaConfig
 
-__all__ = ["GEMM_SIGNATURE", "arch_of", "compile_gemm", "gemm_kernel", "workspace"]
+__all__ = ["arch_of", "compiled", "kernel_of", "model_of", "workspace"]
 
 # Weights, map of X, Y, bias, partial sums, flags; rows, tokens, pitch of Y, blocks along K, split tiles, their parts.
 GEMM_SIGNATURE = "pmppppiiiiii"
@@ -21,59 +27,79 @@ GEMM_SIGNATURE = "pmppppiiiiii"
 GEMV_SIGNATURE = "ppppiiiiii"
 
 
+@functools.cache
+def model_of(device: int) -> Device:
+    """What :mod:`~nmsparse.cuda.choose` knows of a GPU: its own SMs and memory, the rates of an H200's SM."""
+    major, minor = driver.capability(device)
+    if major < 8:
+        raise UnsupportedDeviceError(
+            f"cuda:{device} has compute capability {major}.{minor}; sparse tensor cores: 8.0 on"
+        )
+    wires, clock = driver.attribute(driver.BUS_WIDTH, device), driver.attribute(driver.MEMORY_CLOCK, device)
+    memory = 0.87 * 2 * clock * 1e3 * wires / 8  # of the data sheet's bytes/s, as on an H200
+    arch = f"sm_{major}{minor}" + ("a" if major == 9 else "")
+    return replace(H200, arch=arch, sms=driver.attribute(driver.SM_COUNT, device), memory=memory or H200.memory)
+
+
 def arch_of(device: int) -> str:
     """What ptxas calls the architecture of a GPU: "sm_90a" for an H200."""
-    major, minor = driver.capability(device)
-    return f"sm_{major}{minor}" + ("a" if major == 9 else "")
+    return model_of(device).arch
 
 
-def compile_gemm(config: GemmConfig, arch: str = "sm_90a") -> Cubin:
-    """The ``wgmma.sp`` kernel of ``config``, from the disk cache if it is there. Needs no GPU."""
+def _gemm(config: GemmConfig) -> Callable[..., None]:
+    from .kernels.gemm import make_gemm
+    from .tile import gpu
 
-    def build() -> Cubin:
-        from .kernels.gemm import make_gemm
-        from .tile import gpu
+    return make_gemm(gpu.make(config), config)
 
-        return compile_kernel(make_gemm(gpu.make(config), config), GEMM_SIGNATURE, arch, threads=config.threads)
 
-    return cache.cached("gemm", config, arch, build)
+def _gemv(config: GemvConfig) -> Callable[..., None]:
+    from .kernels.gemv import make_gemv
+    from .tile import gemv_gpu
+
+    return make_gemv(gemv_gpu.make(config), config)
+
+
+def _mma(config: MmaConfig) -> Callable[..., None]:
+    from .kernels.gemm_mma import make_gemm_mma
+    from .tile import warp_gpu
+
+    return make_gemm_mma(warp_gpu.make(config), config)
+
+
+# The text of each kind of config, and the letters of its arguments; Numba is imported when a text is made.
+TEXTS = {
+    GemmConfig: (_gemm, GEMM_SIGNATURE),
+    GemvConfig: (_gemv, GEMV_SIGNATURE),
+    MmaConfig: (_mma, config_mma.SIGNATURE),
+}
+
+
+def compiled(config: GemmConfig | GemvConfig | MmaConfig, arch: str) -> Cubin:
+    """The kernel of ``config`` for ``arch``, from the disk cache if it is there. Needs no GPU."""
+    make, signature = TEXTS[type(config)]
+    build = functools.partial(_build, make, config, signature, arch)
+    return cache.cached(type(config).__name__, config, arch, build)
+
+
+def _build(make: Any, config: Any, signature: str, arch: str) -> Cubin:
+    return compile_kernel(make(config), signature, arch, threads=config.threads)
 
 
 @functools.cache
-def gemm_kernel(config: GemmConfig, device: int) -> driver.Kernel:
+def kernel_of(config: GemmConfig | GemvConfig | MmaConfig, device: int) -> driver.Kernel:
     """The kernel of ``config``, loaded."""
-    cubin = compile_gemm(config, arch_of(device))
+    cubin = compiled(config, model_of(device).arch)
+    slack = 1024 if isinstance(config, GemmConfig) else 0  # the ring starts at a multiple of 1024
     return driver.Kernel(
         cubin.code,
         cubin.entry,
-        GEMM_SIGNATURE,
+        TEXTS[type(config)][1],
         threads=config.threads,
-        shared_bytes=config.shared_bytes + 1024,  # the ring starts at a multiple of 1024
-        cluster=config.cluster,
+        shared_bytes=config.shared_bytes + slack,
+        cluster=getattr(config, "cluster", 1),
         what=str(config),
     )
-
-
-def compile_gemv(config: GemvConfig, arch: str = "sm_90a") -> Cubin:
-    """The kernel for a handful of tokens, from the disk cache if it is there. Needs no GPU."""
-
-    def build() -> Cubin:
-        from .kernels.gemv import make_gemv
-        from .tile import gemv_gpu
-
-        return compile_kernel(make_gemv(gemv_gpu.make(config), config), GEMV_SIGNATURE, arch, threads=config.threads)
-
-    return cache.cached("gemv", config, arch, build)
-
-
-@functools.cache
-def gemv_kernel(config: GemvConfig, device: int) -> driver.Kernel:
-    """The kernel of ``config``, loaded."""
-    cubin, shape = (
-        compile_gemv(config, arch_of(device)),
-        {"threads": config.threads, "shared_bytes": config.shared_bytes},
-    )
-    return driver.Kernel(cubin.code, cubin.entry, GEMV_SIGNATURE, **shape, what=str(config))
 
 
 class Workspace:

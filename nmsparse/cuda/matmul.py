@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import NMSparseError, UnsupportedDeviceError
-from ..formats import NMArray, SparseArray
+from ..formats import SparseArray
 from . import array, driver, launch
 from .array import DeviceArray
 from .choose import Plan, Problem, choose
 from .config import GemmConfig, GemvConfig
+from .config_mma import MmaConfig
 from .layout import BLOCK
 from .pack import packed
 
@@ -24,33 +25,57 @@ MAPS = 512  # tensor maps remembered for each weight and number of tokens
 
 
 class Operand:
-    """A weight in the layout of the kernels, with the plans and kernels that were used with it."""
+    """A weight in the layout of the kernels, with the launches that were prepared for it."""
 
     def __init__(self, weight: SparseArray):
         values = weight.values
-        if not isinstance(weight, NMArray) or str(weight.pattern) != "2:4":
-            raise UnsupportedDeviceError(f"matmul on a GPU: expected a 2:4 weight, got {weight!r}; use its todense()")
+        gathers = weight.format == "vnm"
+        if weight.ndim != 2 or not (gathers or str(weight.pattern) == "2:4"):
+            raise UnsupportedDeviceError(
+                f"matmul on a GPU: expected one 2:4 or V:N:M matrix, got {weight!r}; multiply with its todense()"
+            )
         if values.dtype.name not in DTYPES:
             raise NMSparseError(
                 f"matmul on a GPU: expected float16 or bfloat16 values, got {weight!r}; use its astype()"
             )
         self.rows, self.columns = weight.shape
         self.device, self.dtype, self.kind = values.device, values.dtype, DTYPES[values.dtype.name]
+        self.gather = (weight.pattern.v, weight.pattern.m) if gathers else None
+        self.indices = weight.indices
         self.blocks = packed(weight)
-        self.launches: dict[tuple[int, bool], GemmLaunch | GemvLaunch] = {}
+        self.launches: dict[tuple[int, bool, int], Launch] = {}
 
 
-class GemmLaunch:
-    """The ``wgmma.sp`` kernel of a plan, for one weight and number of tokens."""
+class Launch:
+    """A plan with its kernel, for one weight and number of tokens: ``launch(stream, x, pitch of x, y, bias)``."""
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         config = plan.config
-        self.plan, self.kernel, self.grid = plan, launch.gemm_kernel(config, weight.device), plan.blocks
-        self.box = config.tile_t // config.cluster, BLOCK
-        slots = self.grid * config.warpgroups if plan.split else 0
-        self.room = slots * config.sums * 128, slots
-        self.weight, self.tokens = weight, tokens
-        self.tail = weight.rows, tokens, weight.rows, weight.blocks.shape[1], plan.split, plan.parts
+        self.weight, self.plan, self.tokens = weight, plan, tokens
+        self.kernel, self.grid = launch.kernel_of(config, weight.device), plan.blocks
+        self.k_blocks, self.pieces = weight.blocks.shape[1], (plan.split, plan.parts)
+        slots, sums = getattr(config, "partial_slots", (0, 0))
+        slots *= self.grid if plan.split else 0
+        self.room = slots * sums, slots
+
+    def partials(self, stream: int) -> tuple[int, int]:
+        """Addresses of the partial sums and flags, if the plan splits tiles."""
+        if not self.plan.split:
+            return 0, 0
+        space = launch.workspace(self.weight.device, stream, *self.room)
+        return space.partial_pointer, space.flag_pointer
+
+    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        raise NotImplementedError
+
+
+class GemmLaunch(Launch):
+    """The ``wgmma.sp`` kernel; its tokens come through a tensor map, remembered for each address."""
+
+    def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        super().__init__(weight, plan, tokens)
+        self.box = plan.config.tile_t // plan.config.cluster, BLOCK
+        self.tail = weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces
         self.maps: dict[tuple[int, int], bytes] = {}
 
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
@@ -61,26 +86,30 @@ class GemmLaunch:
                 self.maps.clear()
             shape = self.tokens, weight.columns
             tensor_map = self.maps[place] = driver.tensor_map(x, shape, 2 * pitch, self.box, weight.kind)
-        partial = flags = 0
-        if self.plan.split:
-            space = launch.workspace(weight.device, stream, *self.room)
-            partial, flags = space.partial_pointer, space.flag_pointer
+        partial, flags = self.partials(stream)
         self.kernel(self.grid, stream, weight.blocks.pointer, tensor_map, y, bias, partial, flags, *self.tail)
 
 
-class GemvLaunch:
-    """The kernel for a handful of tokens."""
-
-    def __init__(self, weight: Operand, plan: Plan, tokens: int):
-        self.plan, self.kernel, self.grid = plan, launch.gemv_kernel(plan.config, weight.device), plan.workers
-        self.weight, self.head, self.tail = weight, (weight.rows, tokens, weight.columns), weight.blocks.shape[1]
+class MmaLaunch(Launch):
+    """The ``mma.sp`` kernel, of any address and pitch, and of V:N:M."""
 
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight = self.weight
-        self.kernel(self.grid, stream, weight.blocks.pointer, x, y, bias, *self.head, pitch, weight.rows, self.tail)
+        addresses = weight.blocks.pointer, x, weight.indices.pointer if weight.gather else 0, y, bias
+        sizes = weight.rows, self.tokens, weight.columns, self.k_blocks, pitch, weight.rows
+        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.pieces)
 
 
-LAUNCHES = {GemmConfig: GemmLaunch, GemvConfig: GemvLaunch}
+class GemvLaunch(Launch):
+    """The kernel for a handful of tokens."""
+
+    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        weight = self.weight
+        sizes = weight.rows, self.tokens, weight.columns, pitch, weight.rows, self.k_blocks
+        self.kernel(self.grid, stream, weight.blocks.pointer, x, y, bias, *sizes)
+
+
+LAUNCHES = {GemmConfig: GemmLaunch, GemvConfig: GemvLaunch, MmaConfig: MmaLaunch}
 
 
 def operand(weight: SparseArray) -> Operand:
@@ -93,13 +122,13 @@ def operand(weight: SparseArray) -> Operand:
 
 
 def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, config: Plan | None = None) -> Any:
-    """``x`` ``(…, K)`` times the transpose of a 2:4 ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``: ``(…, M)``.
+    """``x`` ``(…, K)`` times the transpose of a 2:4 or V:N:M ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``: ``(…, M)``.
 
     ``x`` is an array on the weight's GPU, of torch, cupy or anything with DLPack, float16 or bfloat16 as the weight,
-    its last axis contiguous; rows may be any multiple of 16 bytes apart. The result is of the same kind, or is written
-    to ``out``, and comes on the caller's stream. ``config`` forces a :class:`~nmsparse.cuda.choose.Plan`. Sums are
-    fp32, in the same order in every call. Raises :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do
-    not fit.
+    its last axis contiguous; rows may be any distance apart, multiples of 16 bytes are fastest. The result is of the
+    same kind, or is written to ``out``, and comes on the caller's stream. ``config`` forces a
+    :class:`~nmsparse.cuda.choose.Plan`. Sums are fp32, in the same order in every call. Raises
+    :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do not fit.
     """
     kind = array.kind_of(x)
     view = kind.view(x)
@@ -123,16 +152,21 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
     if not tokens or not weight.rows:
         return out
     if config is None:
-        key = tokens, bias is not None
-        ready = weight.launches.get(key) or weight.launches.setdefault(key, _choose(weight, *key))
+        # What the copy engine needs of an address and a pitch, 16 bytes; what 32-bit loads need, 4.
+        odd = pointer | 2 * pitch
+        key = tokens, bias is not None, 16 if not odd & 15 else 4 if not odd & 3 and not weight.columns & 1 else 2
+        ready = weight.launches.get(key)
+        if ready is None:
+            ready = weight.launches[key] = _choose(weight, *key)
     else:
         ready = LAUNCHES[type(config.config)](weight, config, tokens)
     ready(kind.stream(x), pointer, pitch, to, 0 if bias is None else _bias(bias, weight))
     return out
 
 
-def _choose(weight: Operand, tokens: int, bias: bool) -> GemmLaunch | GemvLaunch:
-    plan = choose(Problem(weight.rows, tokens, weight.columns, weight.kind, bias))
+def _choose(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:
+    problem = Problem(weight.rows, tokens, weight.columns, weight.kind, bias, alignment, weight.gather)
+    plan = choose(problem, launch.model_of(weight.device))
     return LAUNCHES[type(plan.config)](weight, plan, tokens)
 
 

@@ -5,7 +5,7 @@ Source: PTX ISA, "Data Movement and Conversion Instructions: Asynchronous copy" 
 
 from __future__ import annotations
 
-from .instruction import Instruction, one_of
+from .instruction import Instruction, check, one_of
 
 __all__ = ["bulk_load", "commit", "cp_async", "tensor_load", "tensor_prefetch", "tensor_store", "wait"]
 
@@ -36,6 +36,7 @@ def wait(groups: int) -> Instruction:
     >>> wait(0).text
     'cp.async.wait_group 0;'
     """
+    check(groups >= 0, f"cp.async.wait_group: expected 0 or more groups, got {groups}")
     return Instruction(f"cp.async.wait_group {groups};", section="cp.async.wait_group")
 
 

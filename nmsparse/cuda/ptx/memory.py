@@ -17,6 +17,7 @@ __all__ = [
     "fence_proxy_async",
     "load",
     "load_acquire",
+    "load_if",
     "pack",
     "read_again",
     "redux_add",
@@ -28,7 +29,8 @@ __all__ = [
 ]
 
 ADDRESS = {"shared": "u32", "global": "u64"}
-HINTS = ("", "nc", "cs", "cg", "L1::no_allocate")
+LOAD_HINTS = {"global": ("", "nc", "cs", "cg", "L1::no_allocate"), "shared": ("",)}
+STORE_HINTS = {"global": ("", "cs", "cg"), "shared": ("",)}
 
 
 def _vector(count: int, first: int) -> str:
@@ -44,7 +46,7 @@ def load(space: str, kind: str, count: int = 1, *, hint: str = "") -> Instructio
     """
     one_of(space, ADDRESS, "state space")
     one_of(count, (1, 2, 4), "vector length")
-    one_of(hint, HINTS, "load hint")
+    one_of(hint, LOAD_HINTS[space], "load hint")
     vector = f".v{count}" if count > 1 else ""
     return Instruction(
         f"ld.{space}{'.' * bool(hint)}{hint}{vector}.{kind} {_vector(count, 0)}, [${count}];",
@@ -62,7 +64,7 @@ def store(space: str, kind: str, count: int = 1, *, hint: str = "") -> Instructi
     """
     one_of(space, ADDRESS, "state space")
     one_of(count, (1, 2, 4), "vector length")
-    one_of(hint, HINTS, "store hint")
+    one_of(hint, STORE_HINTS[space], "store hint")
     vector = f".v{count}" if count > 1 else ""
     return Instruction(
         f"st.{space}{'.' * bool(hint)}{hint}{vector}.{kind} [$0], {_vector(count, 1)};",
@@ -70,6 +72,14 @@ def store(space: str, kind: str, count: int = 1, *, hint: str = "") -> Instructi
         section="st",
     )
 
+
+# One 16-bit number, or 0 where it must not be read. Inputs: the address, 0 or not.
+load_if = Instruction(
+    "{ .reg .pred take; setp.ne.u32 take, $2, 0; mov.u16 $0, 0; @take ld.global.u16 $0, [$1]; }",
+    results=("u16",),
+    inputs=("u64", "u32"),
+    section="ld",
+)
 
 # A flag between blocks: what was written before the release is seen after the acquire.
 load_acquire = Instruction("ld.acquire.gpu.global.u32 $0, [$1];", results=("u32",), inputs=("u64",), section="ld")
@@ -92,7 +102,9 @@ cvta_shared = Instruction(
     section="cvta",
 )
 divide = Instruction("div.u32 $0, $1, $2;", results=("u32",), inputs=("u32", "u32"), memory=False, section="div")
-cluster_rank = Instruction("mov.u32 $0, %cluster_ctarank;", results=("u32",), memory=False, section="%cluster_ctarank")
+cluster_rank = Instruction(
+    "mov.u32 $0, %cluster_ctarank;", results=("u32",), memory=False, section="%cluster_ctarank", arch=90
+)
 
 vote_ballot = Instruction(
     "{ .reg .pred vote; setp.ne.u32 vote, $1, 0; vote.sync.ballot.b32 $0, vote, 0xffffffff; }",

@@ -234,7 +234,7 @@ def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
         @jit
         def part(acc, weights, word, a, b):
-            even, odd = metadata(weights + block + VALUE_BYTES + word * 8)
+            even, odd = metadata(weights + block + VALUE_BYTES + word)
             multiply(acc, a + A, b + B, even, 1)
             multiply(acc, a + A + u64(256 // 16), b + B + u64(64 // 16), odd, 1)
 
@@ -247,8 +247,8 @@ def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         thread = u32(cuda.threadIdx.x)
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
         weights = slot + TOKENS + (thread // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
-        lane = thread % u32(32)
-        word = thread % u32(128) // u32(32) * u32(16) + lane // u32(4) * u32(2) + lane % u32(2)
+        warp, lane = thread % u32(128) // u32(32), thread % u32(32)
+        word = (warp * u32(16) + lane // u32(4) * u32(2) + lane % u32(2)) * u32(8)
         # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
         a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
         b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR

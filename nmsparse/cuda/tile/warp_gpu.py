@@ -120,15 +120,16 @@ def _token_words(cfg: Any) -> Words:
     AT_ONCE = cfg.threads // CHUNKS  # tokens that all threads together load in a pass
     PASSES = -(-TILE_T // AT_ONCE)
     V, M = cfg.gather or (0, 0)
-    cp_async, get = callable_of(copy.cp_async(16)), callable_of(memory.load("global", "u16"))
+    cp_async, get_if = callable_of(copy.cp_async(16)), callable_of(memory.load_if)
     get_word, put = callable_of(memory.load("global", "u32")), callable_of(memory.store("shared", "u32", 4))
+    thread_again = callable_of(memory.read_again("tid.x"))
 
     @jit
     def share(ring, step, token, tokens):
         """What this thread loads: chunk ``chunk`` of token ``first``, to ``target``, and of each AT_ONCE-th after it
         that comes before ``present``. The swizzle repeats after 8 tokens.
         """
-        thread = u32(cuda.threadIdx.x)
+        thread = thread_again()
         chunk, mine = u32(thread % u32(CHUNKS)), u32(thread // u32(CHUNKS))
         target = u32(ring + u32(step) % u32(STAGES) * u32(SLOT) + token_place(mine, chunk, TILE_T))
         first = i32(token * TILE_T + mine)
@@ -152,34 +153,62 @@ def _token_words(cfg: Any) -> Words:
             copy_tokens(target, source, present, line, min(max(i32(columns - column), i32(0)), i32(8)) * 2)
 
     @jit
-    def element(x_token, column, columns):
-        if column < columns:
-            return u32(get(x_token + u64(column) * u64(2)))
-        return u32(0)
-
-    @jit
-    def pair(x_token, low, high, columns):
-        return element(x_token, low, columns) | element(x_token, high, columns) << u32(16)
-
-    @jit
     def adjacent(index_gmem, tile_row, group, columns):
         """The four columns of a group where nothing is gathered."""
-        return group * 4, group * 4 + 1, group * 4 + 2, group * 4 + 3
+        return u32(group * 4), u32(group * 4 + 1), u32(group * 4 + 2), u32(group * 4 + 3)
 
     @jit
     def gathered(index_gmem, tile_row, group, columns):
         """The four kept columns of a group of V:N:M; beyond the last group, columns that do not exist."""
         groups = ((columns + M - 1) // M + 3) // 4 * 4
-        word = u32(0)
+        word, first = u32(0), u32(group * M)
         if group < groups:
             word = u32(get_word(index_gmem + u64((tile_row * TILE_M // V * groups + group) * 4)))
-        first = group * M
         return (
-            first + i32(word & u32(255)),
-            first + i32(word >> u32(8) & u32(255)),
-            first + i32(word >> u32(16) & u32(255)),
-            first + i32(word >> u32(24)),
+            u32(first + (word & u32(255))),
+            u32(first + (word >> u32(8) & u32(255))),
+            u32(first + (word >> u32(16) & u32(255))),
+            u32(first + (word >> u32(24))),
         )
+
+    def fetch(n):
+        """Eight elements of the n-th of this thread's tokens."""
+
+        @jit
+        def part(source, line, present, columns, eight):
+            x_token = source + u64(n * AT_ONCE) * line
+            end = u32(columns) if n * AT_ONCE < present else u32(0)
+            a, b, c, d, e, f, g, h = eight
+            return (
+                get_if(x_token + u64(a) * u64(2), a < end),
+                get_if(x_token + u64(b) * u64(2), b < end),
+                get_if(x_token + u64(c) * u64(2), c < end),
+                get_if(x_token + u64(d) * u64(2), d < end),
+                get_if(x_token + u64(e) * u64(2), e < end),
+                get_if(x_token + u64(f) * u64(2), f < end),
+                get_if(x_token + u64(g) * u64(2), g < end),
+                get_if(x_token + u64(h) * u64(2), h < end),
+            )
+
+        return part
+
+    def put_chunk(n):
+        A, B, C, D, E, F, G, H = range(8 * n, 8 * n + 8)
+
+        @jit
+        def part(target, present, x):
+            if n * AT_ONCE < present:
+                at = u32(target + n * AT_ONCE * 128)
+                put(at, pair(x[A], x[B]), pair(x[C], x[D]), pair(x[E], x[F]), pair(x[G], x[H]))
+
+        return part
+
+    @jit
+    def pair(low, high):
+        return u32(low) | u32(high) << u32(16)
+
+    fetch_all = collect([fetch(n) for n in range(PASSES)])  # all loads are under way before the first is waited for
+    put_all = sequence([put_chunk(n) for n in range(PASSES)])
 
     def load_elements(columns_of):
         """Tokens in loads of 2 bytes: eight of them and a store to shared memory in place of one copy."""
@@ -187,20 +216,9 @@ def _token_words(cfg: Any) -> Words:
         @jit
         def load(ring, step, x_gmem, index_gmem, row, token, tokens, columns, pitch):
             target, first, chunk, present = share(ring, step, token, tokens)
-            group, line = i32(step * (TILE_K // 4) + chunk * 2), u64(u32(pitch * 2))
-            source = x_gmem + u64(u32(first)) * line
-            a, b, c, d = columns_of(index_gmem, row, group, columns)
-            e, f, g, h = columns_of(index_gmem, row, group + 1, columns)
-            for n in range(PASSES):
-                if n * AT_ONCE < present:
-                    x_token = source + u64(n * AT_ONCE) * line
-                    put(
-                        u32(target + n * AT_ONCE * 128),
-                        pair(x_token, a, b, columns),
-                        pair(x_token, c, d, columns),
-                        pair(x_token, e, f, columns),
-                        pair(x_token, g, h, columns),
-                    )
+            group, line = i32(u32(step) * u32(TILE_K // 4) + chunk * u32(2)), u64(u32(pitch * 2))
+            eight = columns_of(index_gmem, row, group, columns) + columns_of(index_gmem, row, i32(group + 1), columns)
+            put_all(target, present, fetch_all(x_gmem + u64(u32(first)) * line, line, present, columns, eight))
 
         return load
 

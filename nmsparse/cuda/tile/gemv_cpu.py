@@ -1,0 +1,152 @@
+"""The words of :mod:`nmsparse.cuda.kernels.gemv` on NumPy: each warp a thread, its 32 lanes an axis of every register.
+
+Registers hold NaN or invalid metadata until they are loaded, shared memory is NaN until it is written, and warps take
+turns in an order drawn from a seed, so a forgotten load, barrier or zero shows as NaN.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from ...formats import fragments, metadata
+from ..layout import BLOCK, EMPTY, VALUE_BYTES
+from .cpu.crew import Crew, KernelError
+
+__all__ = ["launch", "make"]
+
+LANE = np.arange(fragments.LANES)
+READ = fragments.meta_lanes(0)
+_here = threading.local()  # .warp, .cta: who the running thread is
+
+
+class _Cta:
+    """One CTA: its number, shared memory for the sums, and the barrier."""
+
+    def __init__(self, cfg: Any, number: int, crew: Crew):
+        self.number, self.crew, self.warps = number, crew, cfg.warps
+        self.shared = np.full((cfg.warps, cfg.tile_t, 16), np.nan, np.float32)
+        self.arrived = 0
+
+    def barrier(self, warp: int) -> None:
+        self.arrived += 1
+        phase = -(-self.arrived // self.warps)
+        self.crew.pause(f"warp {warp}", lambda: self.arrived >= phase * self.warps, lambda: "the block's barrier")
+
+
+def make(cfg: Any) -> SimpleNamespace:
+    """The words for ``cfg``, as the namespace that a kernel text receives."""
+    batch, groups = cfg.batch, cfg.tile_t // 8
+
+    def load_weights(a: Any, e: Any, w_gmem: np.ndarray, block: int, k_blocks: int) -> None:
+        down, part = divmod(_here.cta.number, 4)
+        for i in range(batch):
+            if block + i < k_blocks:
+                raw = w_gmem[down, block + i]
+                values = raw[:VALUE_BYTES].view(np.uint32).reshape(8, 4, 32)  # rows of 8, chunks of 8 columns
+                for step in range(2):
+                    for register in range(4):
+                        a[:, 8 * i + 4 * step + register] = values[2 * part + register % 2, 2 * step + register // 2]
+                words = raw[VALUE_BYTES:].view(np.uint32).reshape(4, 16, 2)
+                e[:, 2 * i : 2 * i + 2] = words[part, LANE // 4 * 2 + LANE % 2]
+            else:
+                a[:, 8 * i : 8 * i + 8], e[:, 2 * i : 2 * i + 2] = 0, EMPTY * 0x10001
+
+    def load_tokens(b: Any, x_gmem: np.ndarray, block: int, tokens: int, columns: int, x_pitch: int) -> None:
+        if x_gmem.strides[0] != 2 * x_pitch:
+            raise KernelError(f"load_tokens: rows are {x_gmem.strides[0]} bytes apart, the kernel says {2 * x_pitch}")
+        padded = np.zeros((8 * groups, (block + batch) * BLOCK), np.uint16)
+        size = min(columns, padded.shape[1])
+        padded[: min(tokens, 8 * groups), :size] = x_gmem.view(np.uint16)[: 8 * groups, :size]
+        for i in range(batch):
+            for group in range(groups):
+                for register in range(8):
+                    column = (block + i) * BLOCK + LANE % 4 * 2 + 8 * register
+                    low, high = (padded[group * 8 + LANE // 4, column + half].astype(np.uint32) for half in (0, 1))
+                    b[:, (i * groups + group) * 8 + register] = low | high << 16
+
+    def mma_sp(acc: Any, a: Any, e: Any, b: Any) -> None:
+        for i in range(batch):
+            for step in range(2):
+                for group in range(groups):
+                    at = (i * groups + group) * 8 + 4 * step
+                    sums = acc[:, 4 * group : 4 * group + 4]
+                    sums += _product(a[:, 8 * i + 4 * step :][:, :4], e[:, 2 * i + step], b[:, at : at + 4], cfg.dtype)
+
+    def share(acc: Any) -> None:
+        for register in range(4 * groups):
+            row, token = fragments.mma_sp_d(LANE, register % 4)
+            _here.cta.shared[_here.warp, register // 4 * 8 + token, row] = acc[:, register]
+
+    def store(y_gmem: np.ndarray, bias_gmem: Any, rows: int, tokens: int, y_pitch: int) -> None:
+        if y_gmem.strides[0] != 2 * y_pitch:
+            raise KernelError(f"store: rows are {y_gmem.strides[0]} bytes apart, the kernel says {2 * y_pitch}")
+        for output in range(32 * _here.warp, 16 * cfg.tile_t, cfg.threads):
+            for index in range(output, output + 32):
+                token, row = index // 16, _here.cta.number * 16 + index % 16
+                if token < tokens and row < rows:
+                    total = np.float32(0)
+                    for warp in range(cfg.warps):
+                        total += _here.cta.shared[warp, token, index % 16]
+                    y_gmem[token, row] = total + (np.float32(bias_gmem[row]) if cfg.bias else np.float32(0))
+
+    def zero(acc: Any) -> None:
+        acc[:] = 0
+
+    return SimpleNamespace(
+        BLOCKS_A_ROUND=cfg.warps * batch,
+        first_block=lambda: _here.warp * batch,
+        accumulator=lambda: np.full((32, 4 * groups), np.nan, np.float32),
+        weight_registers=lambda: np.full((32, 8 * batch), 0xFFFFFFFF, np.uint32),
+        meta_registers=lambda: np.zeros((32, 2 * batch), np.uint32),
+        token_registers=lambda: np.full((32, 8 * batch * groups), 0xFFFFFFFF, np.uint32),
+        barrier=lambda: _here.cta.barrier(_here.warp),
+        **{f.__name__: f for f in (zero, load_weights, load_tokens, mma_sp, share, store)},
+    )
+
+
+def _halves(registers: np.ndarray, dtype: str) -> np.ndarray:
+    """``(32, n)`` registers as ``(32, n, 2)`` float32."""
+    raw = np.ascontiguousarray(registers)
+    if dtype == "f16":
+        return raw.view(np.float16).astype(np.float32).reshape(32, -1, 2)
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(32, -1, 2)
+
+
+def _product(a: np.ndarray, e: np.ndarray, b: np.ndarray, dtype: str) -> np.ndarray:
+    """One ``mma.sp.m16n8k32``: registers of A, metadata and B to the ``(32, 4)`` sums of its result."""
+    stored, dense_b = np.empty((16, 16), np.float32), np.empty((32, 8), np.float32)
+    halves_a, halves_b, words = _halves(a, dtype), _halves(b, dtype), np.empty((16, 2), np.uint16)
+    for register in range(4):
+        for half in range(2):
+            stored[fragments.mma_sp_a(LANE, register, half)] = halves_a[:, register, half]
+            dense_b[fragments.mma_sp_b(LANE, register, half)] = halves_b[:, register, half]
+    for half in range(2):
+        words[fragments.mma_sp_meta(READ, half)] = e[READ] >> 16 * half & 0xFFFF
+    positions = metadata.unpack(words)
+    stored[~np.repeat(positions[..., 0] < positions[..., 1], 2, axis=1)] = np.nan  # undefined on the hardware
+    columns = (4 * np.arange(8)[:, None] + positions).reshape(16, 16)
+    with np.errstate(invalid="ignore", over="ignore"):
+        d = np.einsum("ms,msn->mn", stored, dense_b[columns])
+    return np.stack([d[fragments.mma_sp_d(LANE, register)] for register in range(4)], axis=1)
+
+
+def launch(
+    make_kernel: Callable[[Any, Any], Callable[..., None]], cfg: Any, ctas: int, arguments: Sequence[Any], seed: int = 0
+) -> None:
+    """Run ``make_kernel(tile, cfg)(*arguments)`` on ``ctas`` CTAs, one after the other; arrays instead of addresses."""
+    kernel = make_kernel(make(cfg), cfg)
+    for number in range(ctas):
+        crew = Crew(seed + number)
+        cta = _Cta(cfg, number, crew)
+
+        def live(warp: int, cta: _Cta = cta) -> None:
+            _here.warp, _here.cta = warp, cta
+            kernel(*arguments)
+
+        crew.run({f"warp {warp}": functools.partial(live, warp) for warp in range(cfg.warps)})

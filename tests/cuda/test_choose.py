@@ -1,0 +1,92 @@
+"""The choice of a kernel: valid for any problem, explained, and its model close to what was measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nmsparse.cuda import choose
+from nmsparse.cuda.choose import H200, Problem, candidates
+from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "h200-gemm.json"
+
+
+@pytest.mark.parametrize("config", [*SHIPPED, *SHIPPED_GEMV], ids=str)
+def test_what_is_shipped_is_valid(config):
+    assert config.problems() == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"warpgroups": 4}, "warpgroups=4"),
+        ({"blocks": 3}, "blocks=3"),
+        ({"tile_t": 24}, "tile_t=24"),
+        ({"tile_k": 32}, "tile_k=32"),
+        ({"cluster": 3}, "cluster=3"),
+        ({"stages": 1}, "stages=1"),
+        ({"stages": 6}, "shared memory"),
+        ({"blocks": 2}, "registers"),
+    ],
+)
+def test_a_config_says_what_is_wrong(change, reason):
+    assert any(problem.startswith(reason) for problem in replace(GemmConfig(), **change).problems())
+
+
+sizes = st.integers(1, 20000)
+
+
+@given(sizes, sizes, sizes)
+def test_every_problem_has_a_plan(rows, tokens, columns):
+    plan = choose.choose(Problem(rows, tokens, columns))
+    assert plan.seconds > 0
+    assert plan.describe()
+    if isinstance(plan.config, GemvConfig):
+        assert tokens <= plan.config.tile_t
+    else:
+        tiles, steps = choose.grid(plan.config, Problem(rows, tokens, columns))
+        assert 1 <= plan.parts <= steps
+        assert plan.split * plan.parts <= plan.workers <= H200.sms // plan.config.cluster
+        assert plan.split <= tiles
+
+
+@given(sizes, sizes, st.sampled_from(SHIPPED))
+def test_candidates_share_all_tiles(rows, tokens, config):
+    problem = Problem(rows, tokens, 1024)
+    tiles, _ = choose.grid(config, problem)
+    for plan in candidates(config, problem, H200):
+        assert (tiles - plan.split) % plan.workers == 0 or plan.split == 0
+        assert plan.workers <= max(tiles, plan.split * plan.parts)
+
+
+def test_few_tokens_do_not_take_the_large_tile():
+    assert isinstance(choose.choose(Problem(1408, 1, 2048)).config, GemvConfig)
+    assert choose.choose(Problem(14336, 64, 4096)).config.tile_t == 64
+    assert choose.choose(Problem(8192, 8192, 8192)).config.tile_t == 256
+    assert not isinstance(choose.choose(Problem(1408, 1, 2048, alignment=2)).config, GemvConfig)
+
+
+def test_the_choice_can_be_printed(monkeypatch, capsys):
+    monkeypatch.setenv("NMSPARSE_PRINT_CONFIG", "1")
+    choose.choose.cache_clear()
+    plan = choose.choose(Problem(4096, 16, 4096))
+    choose.choose(Problem(4096, 16, 4096))
+    printed = capsys.readouterr().err
+    assert printed.count("Problem(rows=4096, tokens=16") == 1
+    assert plan.describe() in printed
+    choose.choose.cache_clear()
+
+
+def test_the_model_is_close_to_the_measured_times():
+    cases = [row for row in json.loads(RESULTS.read_text())["results"]["gemm"] if row["what"] == "case"]
+    error = [abs(row["modelled"] / row["ours"] - 1) for row in cases]
+    assert len(cases) > 100
+    assert statistics.median(error) < 0.10
+    assert statistics.quantiles(error, n=10)[-1] < 0.30
