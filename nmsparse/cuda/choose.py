@@ -47,10 +47,12 @@ class Device:
 
         ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
         fetch them, and a little more where a cluster fetches its tokens once, since that lets the clock rise.
-        ``mma.sp``: what the kernel reached; less where it loads the tokens element by element.
+        ``mma.sp``: what the kernel reached, most with 128 sums a thread, least where it loads single elements.
         """
         if isinstance(config, MmaConfig):
-            return (MMA if config.vector and not config.gather else MMA_ELEMENTS) / 132
+            if not config.vector or config.gather:
+                return MMA_ELEMENTS / 132
+            return (MMA_LARGE if config.sums >= 128 else MMA) / 132
         pairs = 1.03 if config.cluster > 1 else 1.0
         for tokens, rate in WGMMA:
             if config.tile_t >= tokens:
@@ -60,7 +62,7 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-MMA, MMA_ELEMENTS = 550e12, 150e12
+MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 
 H200 = Device(sms=132, memory=4.2e12)

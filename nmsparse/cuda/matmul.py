@@ -125,14 +125,14 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
     """``x`` ``(…, K)`` times the transpose of a 2:4 or V:N:M ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``: ``(…, M)``.
 
     ``x`` is an array on the weight's GPU, of torch, cupy or anything with DLPack, float16 or bfloat16 as the weight,
-    its last axis contiguous; rows may be any distance apart, multiples of 16 bytes are fastest. The result is of the
-    same kind, or is written to ``out``, and comes on the caller's stream. ``config`` forces a
-    :class:`~nmsparse.cuda.choose.Plan`. Sums are fp32, in the same order in every call. Raises
-    :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do not fit.
+    its last axis contiguous; rows may be any distance apart, multiples of 16 bytes are fastest, and leading axes that
+    leave gaps cost a launch for each index of the first. The result is of the same kind, or is written to ``out``, and
+    comes on the caller's stream. ``config`` forces a :class:`~nmsparse.cuda.choose.Plan`. Sums are fp32, in the same
+    order in every call. Raises :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do not fit.
     """
     kind = array.kind_of(x)
     view = kind.view(x)
-    weight = operand(weight)
+    sparse, weight = weight, operand(weight)
     shape, pointer = view.shape, view.pointer
     if shape[-1] != weight.columns or view.dtype != weight.dtype or view.device != weight.device:
         raise _mismatch(view, weight)
@@ -150,6 +150,10 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
         held = array.view(out)
         raise NMSparseError(f"matmul: expected out as contiguous {weight.dtype.name}{[*wanted]}, got {held!r}")
     if not tokens or not weight.rows:
+        return out
+    if pitch < 0:
+        for i in range(shape[0]):
+            matmul(x[i], sparse, out=out[i], bias=bias, config=config)
         return out
     if config is None:
         # What the copy engine needs of an address and a pitch, 16 bytes; what 32-bit loads need, 4.
@@ -171,7 +175,7 @@ def _choose(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:
 
 
 def _row_pitch(x: DeviceArray) -> int:
-    """Elements between the rows of ``x`` seen as (tokens, K)."""
+    """Elements between the rows of ``x`` seen as (tokens, K); -1 if they are not at one distance."""
     strides, shape = x.strides, x.shape
     if len(shape) == 2 and strides[1] == 1 and shape[0] > 1:
         return strides[0]
@@ -181,7 +185,7 @@ def _row_pitch(x: DeviceArray) -> int:
         raise NMSparseError(f"matmul: expected x with a contiguous last axis, got {x!r} with strides {strides}")
     for axis in range(len(shape) - 2):
         if strides[axis] != strides[axis + 1] * shape[axis + 1] and shape[axis] != 1:
-            raise NMSparseError(f"matmul: expected rows of x at one distance, got {x!r} with strides {strides}")
+            return -1
     return strides[-2] if shape[-2] != 1 or len(shape) > 2 else shape[-1]
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "init",
     "named_barrier",
     "wait",
+    "warp_barrier",
 ]
 
 SECTION = "mbarrier"
@@ -59,5 +60,7 @@ def named_barrier(threads: int) -> Instruction:
     return Instruction(f"bar.sync $0, {threads};", inputs=("u32",), section="bar")
 
 
+# What the lanes of a warp did before is done for all of them after.
+warp_barrier = Instruction("bar.warp.sync 0xffffffff;", section="bar.warp.sync")
 cluster_arrive = Instruction("barrier.cluster.arrive.aligned;", section="barrier.cluster", arch=90)
 cluster_wait = Instruction("barrier.cluster.wait.aligned;", section="barrier.cluster", arch=90)

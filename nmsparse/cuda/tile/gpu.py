@@ -96,6 +96,7 @@ def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     block_barrier, wait = callable_of(barrier.block_barrier), callable_of(barrier.wait)
     cluster_arrive, cluster_wait = callable_of(barrier.cluster_arrive), callable_of(barrier.cluster_wait)
     arrive, arrive_remote = callable_of(barrier.arrive), callable_of(barrier.arrive_remote)
+    rank, warp_barrier = callable_of(memory.cluster_rank), callable_of(barrier.warp_barrier)
     give = callable_of(memory.set_max_registers(cfg.producer_registers, grow=False))
     take = callable_of(memory.set_max_registers(cfg.consumer_registers, grow=True))
 
@@ -129,13 +130,12 @@ def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def release(ring, turn):
+        warp_barrier()  # all lanes have read their metadata
         if cuda.threadIdx.x % 32 == 0:
             empty = ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES))
-            if CLUSTER > 1:
-                for peer in range(CLUSTER):
-                    arrive_remote(empty, peer)
-            else:
-                arrive(empty)
+            arrive(empty)
+            for other in range(1, CLUSTER):
+                arrive_remote(empty, (rank() + u32(other)) % u32(CLUSTER))
 
     @jit
     def finish():
