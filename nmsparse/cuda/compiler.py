@@ -100,7 +100,7 @@ def _by_value(ptx: str, entry: str, number: int) -> str:
     name = f"{entry}_param_{number}"
     ptx, declared = re.subn(rf"\.param \.u64 {name}\b", f".param .align 64 .b8 {name}[128]", ptx)
     ptx, used = re.subn(
-        rf"ld\.param\.[bu]64\s+(%rd\d+), \[{name}\];", rf"mov.b64 \1, {name}; cvta.param.u64 \1, \1;", ptx
+        rf"ld\.param\.(?:b|u)64\s+(%rd\d+), \[{name}\];", rf"mov.b64 \1, {name}; cvta.param.u64 \1, \1;", ptx
     )
     if declared != 1 or used < 1:
         raise NMSparseError(f"compile: expected parameter {number} of {entry} as one address that is used")
