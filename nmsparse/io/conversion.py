@@ -25,6 +25,7 @@ from .schema import KEY, SCHEMA, Entry, encode
 from .tensorfile import DTYPES, Tensor, parse_json, refuse_existing, write_file
 
 VALUE_DTYPES = {"keep": None, "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"], "float32": DTYPES["F32"]}
+ROUNDING = 1e-13  # relative difference of two float64 sums of the same numbers in different orders
 # Small files that belong to a model: config, tokenizer, code, licence. Weights are rewritten, the rest stays behind.
 _SIDE_FILES = re.compile(
     r"(?!.*\.index\.json$).+\.(json|jinja|model|tiktoken|txt|md|py)|LICEN[CS]E.*|NOTICE.*", re.IGNORECASE
@@ -65,9 +66,10 @@ class LayerReport:
     def error(self) -> float:
         if not self.squares:
             return 0.0
-        # Kept values are unchanged, so what is lost is the difference of the squares; below zero is rounding.
-        lost = self.squares - self.squares_kept
-        return 0.0 if lost < 0 else math.sqrt(lost / self.squares)
+        # Kept values are unchanged, so what is lost is the difference of the squares; two orders of summation leave
+        # a difference that is none.
+        lost = 1 - self.squares_kept / self.squares
+        return 0.0 if lost < ROUNDING else math.sqrt(lost)
 
 
 @dataclass
