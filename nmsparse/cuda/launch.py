@@ -55,16 +55,16 @@ def _gemm(config: GemmConfig) -> Callable[..., None]:
 
 def _gemv(config: GemvConfig) -> Callable[..., None]:
     from .kernels.gemv import make_gemv
-    from .tile import gemv_gpu
+    from .tile.gpu import gemv
 
-    return make_gemv(gemv_gpu.make(config), config)
+    return make_gemv(gemv.make(config), config)
 
 
 def _mma(config: MmaConfig) -> Callable[..., None]:
     from .kernels.gemm_mma import make_gemm_mma
-    from .tile import warp_gpu
+    from .tile.gpu import warp
 
-    return make_gemm_mma(warp_gpu.make(config), config)
+    return make_gemm_mma(warp.make(config), config)
 
 
 # The text of each kind of config, and the letters of its arguments; Numba is imported when a text is made.

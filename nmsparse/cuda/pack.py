@@ -127,7 +127,7 @@ def _aligned(w: DeviceArray) -> bool:
 
 def build(name: str, cfg: PackConfig, arch: str) -> Cubin:
     """Compile kernel ``name``: "pack", "prune" or "decode"."""
-    from .tile import elements
+    from .tile.gpu import elements
 
     return compile_kernel(MAKERS[name](elements.make(cfg), cfg), SIGNATURES[name], arch, threads=cfg.threads)
 

@@ -11,7 +11,7 @@ import pytest
 
 from nmsparse import UnsupportedDeviceError
 from nmsparse.cuda import driver, pack
-from nmsparse.cuda.tile import elements_cpu
+from nmsparse.cuda.tile.cpu import elements
 
 
 @functools.cache
@@ -76,7 +76,7 @@ class HostDevice:
         def launch(grid, stream, *arguments):
             letters = zip(arguments, pack.SIGNATURES[name], strict=True)
             given = [self.memory(a) if kind == "p" and a else a for a, kind in letters]
-            elements_cpu.run(pack.MAKERS[name], cfg, grid, *given)
+            elements.run(pack.MAKERS[name], cfg, grid, *given)
 
         return launch
 

@@ -18,7 +18,7 @@ from nmsparse.cuda import config_mma
 from nmsparse.cuda.config_mma import SHARED_MEMORY, SHIPPED, SIGNATURE, MmaConfig
 from nmsparse.cuda.kernels import gemm_mma
 from nmsparse.cuda.layout import BLOCK_BYTES, meta_offset, pack_blocks, value_offset
-from nmsparse.cuda.tile import warp_cpu
+from nmsparse.cuda.tile.cpu import warp as twin
 from nmsparse.formats import fragments
 from nmsparse.testing import assert_close
 
@@ -62,7 +62,7 @@ def run(cfg, rows, tokens, k, gap=0, workers=1, split=0, parts=1, make_kernel=ge
     index = w.indices if cfg.gather else np.zeros(0, np.uint8)
     memory = blocks, x, index, y, bias, partial, flags
     sizes = rows, tokens, k, blocks.shape[1], pitch, rows + gap, split, parts
-    warp_cpu.run(make_kernel, cfg, workers, *memory, *sizes)
+    twin.run(make_kernel, cfg, workers, *memory, *sizes)
     dense, tokens64 = w.todense().astype(np.float64), x[:, :k].astype(np.float64)
     want = tokens64 @ dense.T + (bias.astype(np.float64) if cfg.bias else 0)
     assert_close(y[:, :rows], want, k, scale=np.abs(tokens64).max() * np.abs(dense).max())
@@ -229,9 +229,9 @@ COMPILED += [
 def test_registers_and_machine_code(cfg, arch, tmp_path):
     pytest.importorskip("numba.cuda", reason="numba-cuda is not installed", exc_type=ImportError)
     from nmsparse.cuda import compiler
-    from nmsparse.cuda.tile import warp_gpu
+    from nmsparse.cuda.tile.gpu import warp
 
-    kernel = gemm_mma.make_gemm_mma(warp_gpu.make(cfg), cfg)
+    kernel = gemm_mma.make_gemm_mma(warp.make(cfg), cfg)
     cubin = compiler.compile_kernel(kernel, SIGNATURE, arch, threads=cfg.threads)
     used = cubin.resources()
     assert (used["spill_stores"], used["spill_loads"], used["stack"]) == (0, 0, 0)

@@ -12,8 +12,8 @@ import nmsparse
 from nmsparse.cuda.config import SHIPPED_GEMV, GemvConfig
 from nmsparse.cuda.kernels import gemv
 from nmsparse.cuda.layout import pack_blocks
-from nmsparse.cuda.tile import gemv_cpu
 from nmsparse.cuda.tile.cpu import Deadlock
+from nmsparse.cuda.tile.cpu import gemv as twin
 from nmsparse.testing import assert_close
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -33,7 +33,7 @@ def run(cfg, rows, tokens, k, make=gemv.make_gemv, kind="random", seed=0):
     y = np.full((tokens + 2, rows + 5), np.nan).astype(dtype)
     blocks = pack_blocks(weight.values, weight.meta)
     sizes = rows, tokens, k, wide.shape[1], y.shape[1], blocks.shape[1]
-    gemv_cpu.launch(make, cfg, -(-rows // 16), (blocks, wide, y, bias, *sizes), seed=seed)
+    twin.launch(make, cfg, -(-rows // 16), (blocks, wide, y, bias, *sizes), seed=seed)
     want = wide[:, :k].astype(np.float64) @ weight.todense().astype(np.float64).T + cfg.bias * bias.astype(np.float64)
     assert_close(y[:tokens, :rows], want, k, scale=np.abs(w).max() * np.abs(x).max())
     assert np.isnan(y[tokens:].astype(np.float32)).all() and np.isnan(y[:, rows:].astype(np.float32)).all()
@@ -78,7 +78,7 @@ def test_a_planted_mistake_is_found(mistake):
     exec(source.replace(right, wrong), names)
     cfg = GemvConfig(warps=2, batch=1)
     run(cfg, 16, 5, 400)
-    with pytest.raises((AssertionError, Deadlock, gemv_cpu.KernelError)):
+    with pytest.raises((AssertionError, Deadlock, twin.KernelError)):
         run_with_four_seeds(cfg, 16, 5, 400, make=names["make_gemv"])
 
 

@@ -19,7 +19,7 @@ from nmsparse.cuda import compiler, layout, pack
 from nmsparse.cuda.array import DeviceArray, from_host
 from nmsparse.cuda.kernels import pack as kernels
 from nmsparse.cuda.pack import PackConfig
-from nmsparse.cuda.tile import elements_cpu
+from nmsparse.cuda.tile.cpu import elements
 from nmsparse.formats import NMArray, VNMArray
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -175,7 +175,7 @@ def test_the_twin_finds_planted_mistakes():
 
     def run(rows, row_blocks, values=values):
         grid, sizes = row_blocks * 2 * 128 // cfg.threads, (rows, 8, row_blocks, 2, 2 * row_blocks)
-        elements_cpu.run(kernels.make_pack, cfg, grid, values, meta, blocks, *sizes)
+        elements.run(kernels.make_pack, cfg, grid, values, meta, blocks, *sizes)
 
     run(64, 1)
     np.testing.assert_array_equal(blocks, layout.pack_blocks(values, meta))
@@ -183,7 +183,7 @@ def test_the_twin_finds_planted_mistakes():
         run(65, 2)
     with pytest.raises(AssertionError, match="outside"):
         run(64, 1, values[:32])
-    memory = elements_cpu.Memory(np.zeros(64, np.uint8))
+    memory = elements.Memory(np.zeros(64, np.uint8))
     two = np.array([True, True])
     with pytest.raises(AssertionError, match="twice"):
         memory.store(np.array([0, 0]), np.zeros((2, 4), np.uint8), two)

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ...formats import fragments, metadata
-from ..layout import BLOCK, EMPTY, VALUE_BYTES
-from .cpu.crew import Crew, KernelError
+from ....formats import fragments, metadata
+from ...layout import BLOCK, EMPTY, VALUE_BYTES
+from .crew import Crew, KernelError
 
 __all__ = ["launch", "make"]
 

@@ -9,9 +9,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from ..layout import BLOCK, BLOCK_BYTES, EMPTY, VALUE_BYTES
-from ..ptx import barrier, memory, mma
-from ..ptx.numba_glue import address_of, callable_of, registers
+from ...layout import BLOCK, BLOCK_BYTES, EMPTY, VALUE_BYTES
+from ...ptx import barrier, memory, mma
+from ...ptx.numba_glue import address_of, callable_of, registers
 from .store import sequence
 
 u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32

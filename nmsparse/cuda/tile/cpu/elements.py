@@ -1,4 +1,4 @@
-"""The NumPy twin of :mod:`~nmsparse.cuda.tile.elements`: each word one equation, on all threads of a launch at once.
+"""The NumPy twin of :mod:`~nmsparse.cuda.tile.gpu.elements`: a word is one equation on all threads of a launch at once.
 
 A register is an array with an entry for each thread, memory an array of bytes. What the GPU would do silently raises:
 an access outside its array, two threads that store to one place, an address that is not a multiple of its size.

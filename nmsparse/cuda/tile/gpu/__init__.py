@@ -9,10 +9,10 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from .. import schedule
-from ..layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
-from ..ptx import barrier, copy, memory, wgmma
-from ..ptx.numba_glue import address_of, callable_of, registers, teach
+from ... import schedule
+from ...layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
+from ...ptx import barrier, copy, memory, wgmma
+from ...ptx.numba_glue import address_of, callable_of, registers, teach
 from .store import make_store, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32

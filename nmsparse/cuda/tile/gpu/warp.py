@@ -9,11 +9,11 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from .. import config_mma, schedule
-from ..layout import BLOCK, BLOCK_BYTES
-from ..ptx import barrier, copy, matrix, memory, mma
-from ..ptx.numba_glue import address_of, callable_of, registers
-from .gpu import jit  # and that module's divide for the schedule
+from ... import config_mma, schedule
+from ...layout import BLOCK, BLOCK_BYTES
+from ...ptx import barrier, copy, matrix, memory, mma
+from ...ptx.numba_glue import address_of, callable_of, registers
+from . import jit  # and that module's divide for the schedule
 from .store import sequence
 
 __all__ = ["make"]

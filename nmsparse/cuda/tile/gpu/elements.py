@@ -1,4 +1,4 @@
-"""The vocabulary of passes over memory, on Numba CUDA. :mod:`~nmsparse.cuda.tile.elements_cpu` is its NumPy twin.
+"""The vocabulary of passes over memory, on Numba CUDA. :mod:`~nmsparse.cuda.tile.cpu.elements` is its NumPy twin.
 
 A *piece* is 16 bytes, eight numbers of 16 bits in four registers. Offsets are in bytes, indices in elements.
 
@@ -26,9 +26,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import libdevice, types
 
-from .. import layout
-from ..ptx import memory
-from ..ptx.numba_glue import callable_of, teach
+from ... import layout
+from ...ptx import memory
+from ...ptx.numba_glue import callable_of, teach
 
 __all__ = ["make"]
 

@@ -12,9 +12,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from ..layout import BLOCK
-from ..ptx import barrier, matrix, memory
-from ..ptx.numba_glue import callable_of
+from ...layout import BLOCK
+from ...ptx import barrier, matrix, memory
+from ...ptx.numba_glue import callable_of
 
 u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
 

@@ -1,4 +1,4 @@
-"""The NumPy twin of :mod:`~nmsparse.cuda.tile.warp_gpu`: each word one equation, on all threads of a CTA at once.
+"""The NumPy twin of :mod:`~nmsparse.cuda.tile.gpu.warp`: each word one equation, on all threads of a CTA at once.
 
 An asynchronous copy poisons its target with NaNs when it is issued and lands only when a wait says so; stores to shared
 memory land at the next barrier. A forgotten commit or wait, or a slot that is refilled too early, shows as NaN. CTAs
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from ...formats import fragments
-from .. import schedule
-from ..config_mma import metadata_place, metadata_word, token_place, value_row, weights_place
-from ..layout import BLOCK, BLOCK_BYTES
-from .elements_cpu import DTYPES, Memory
+from ....formats import fragments
+from ... import schedule
+from ...config_mma import metadata_place, metadata_word, token_place, value_row, weights_place
+from ...layout import BLOCK, BLOCK_BYTES
+from .elements import DTYPES, Memory
 
 __all__ = ["run"]
 
