@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..errors import UnsupportedDeviceError
 from ..formats import CLASSES
 from . import driver
 from .text import size, table
@@ -43,16 +44,18 @@ def main(args: argparse.Namespace) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything ``info`` prints, as plain values."""
-    cpu = _cpu()
+    cpu, gpu = _cpu(), driver.gpus()
+    packages = {name: _version(name) for name in PACKAGES}
+    gpu |= {"kernels": _gpu_problem(gpu, packages), "cache": _gpu_cache()}
     return {
         "nmsparse": __version__,
         "location": str(Path(__file__).parents[1]),
         "python": f"{platform.python_version()} ({sys.executable})",
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": packages,
         "cpu": cpu,
-        "gpu": driver.gpus(),
-        "kernels": _kernels(cpu["problem"]),
+        "gpu": gpu,
+        "kernels": _kernels(cpu["problem"], gpu["kernels"]),
     }
 
 
@@ -86,17 +89,40 @@ def _cache() -> str | None:
     return next(filter(None, paths), None)
 
 
-def _kernels(problem: str | None) -> list[dict[str, Any]]:
-    """One row per backend and format: whether it can run here and, if not, why."""
-    backends = [
-        ("cpu (Numba)", "float16, bfloat16, float32", problem),
-        ("reference (NumPy)", "float16, bfloat16, float32, float64", None),
-        ("cuda", "", "not part of this version"),
-    ]
+def _gpu_cache() -> str:
+    """Where compiled GPU kernels are, and how much."""
+    cache = importlib.import_module("nmsparse.cuda.cache")
+    return f"{cache.folder()} ({size(cache.size())})"
+
+
+def _gpu_problem(gpu: dict[str, Any], packages: dict[str, str | None]) -> str | None:
+    """Why no GPU kernel can run here, None if they can."""
+    if "problem" in gpu:
+        return gpu["problem"]
+    if not any(float(device["compute_capability"]) >= 8 for device in gpu["devices"]):
+        return "sparse tensor cores begin with compute capability 8.0"
+    if not packages["numba-cuda"]:
+        return "numba-cuda is not installed: pip install 'nmsparse[cuda13]'"
+    try:
+        importlib.import_module("nmsparse.cuda.compiler").ptxas()
+    except UnsupportedDeviceError as error:
+        return str(error)
+    return None
+
+
+NO_CUDA = "not part of this version"
+# What the GPU kernels take, by format.
+CUDA = {"nm": "2:4 in float16, bfloat16", "vnm": "float16, bfloat16, v a multiple of 64"}
+
+
+def _kernels(cpu: str | None, gpu: str | None) -> list[dict[str, Any]]:
+    """One row per backend and format: whether it can run here and, if not, why. ``cpu``, ``gpu``: their problems."""
+    rows = [("cpu (Numba)", kind, "float16, bfloat16, float32", cpu) for kind in CLASSES]
+    rows += [("reference (NumPy)", kind, "float16, bfloat16, float32, float64", None) for kind in CLASSES]
+    rows += [("cuda", kind, CUDA.get(kind, ""), gpu if kind in CUDA else NO_CUDA) for kind in CLASSES]
     return [
         {"backend": backend, "format": kind, "dtypes": dtypes, "usable": why is None, "why_not": why}
-        for backend, dtypes, why in backends
-        for kind in CLASSES
+        for backend, kind, dtypes, why in rows
     ]
 
 
@@ -125,8 +151,9 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"  driver for {gpu['driver']}")
     if "problem" in gpu:
         lines.append(f"  {gpu['problem']}")
-    if not facts["packages"]["numba-cuda"]:
-        lines.append("  numba-cuda is not installed")
+    elif gpu["kernels"]:
+        lines.append(f"  {gpu['kernels']}")
+    lines.append(f"  compiled kernels are kept in {gpu['cache']}")
     rows = [
         [
             kernel["format"],

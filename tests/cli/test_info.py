@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import nmsparse
+from nmsparse import UnsupportedDeviceError
 from nmsparse.cli import driver, info
 
 FORMATS = ["nm", "vnm", "samoyeds"]
@@ -37,8 +38,8 @@ def test_facts():
     for kind in FORMATS:
         assert kernels["cpu (Numba)", kind]["usable"]
         assert kernels["reference (NumPy)", kind]["usable"]
-        cuda = kernels["cuda", kind]
-        assert (cuda["usable"], cuda["why_not"]) == (False, "not part of this version")
+        why = facts["gpu"]["kernels"] if kind in info.CUDA else "not part of this version"
+        assert (kernels["cuda", kind]["usable"], kernels["cuda", kind]["why_not"]) == (why is None, why)
     json.dumps(facts)
 
 
@@ -52,6 +53,32 @@ def test_the_cache_is_where_numba_writes():
     assert info.collect()["cpu"]["cache"] == directory
 
 
+HOPPER, PASCAL = {"compute_capability": "9.0"}, {"compute_capability": "6.1"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "numba_cuda", "why"),
+    [
+        ({"devices": [], "problem": "no NVIDIA driver"}, "0.30.4", "no NVIDIA driver"),
+        ({"devices": [PASCAL]}, "0.30.4", "sparse tensor cores begin with compute capability 8.0"),
+        ({"devices": [PASCAL, HOPPER]}, None, "numba-cuda is not installed"),
+        ({"devices": [HOPPER]}, "0.30.4", None),
+    ],
+)
+def test_what_keeps_gpu_kernels_from_running(monkeypatch, gpu, numba_cuda, why):
+    monkeypatch.setattr("nmsparse.cuda.compiler.ptxas", lambda: "ptxas")
+    found = info._gpu_problem(gpu, {"numba-cuda": numba_cuda})
+    assert found is None if why is None else found.startswith(why)
+
+
+def test_a_missing_assembler_is_named(monkeypatch):
+    def missing():
+        raise UnsupportedDeviceError("ptxas was not found")
+
+    monkeypatch.setattr("nmsparse.cuda.compiler.ptxas", missing)
+    assert info._gpu_problem({"devices": [HOPPER]}, {"numba-cuda": "0.30.4"}) == "ptxas was not found"
+
+
 def test_text(capsys):
     assert info.main(type("Arguments", (), {"json": False})) == 0
     text = capsys.readouterr().out
@@ -59,7 +86,8 @@ def test_text(capsys):
         assert f"\n{heading}" in f"\n{text}"
     assert f"  numpy         {np.__version__}" in text
     assert "samoyeds  cpu (Numba)        yes     float16, bfloat16, float32" in text
-    assert "nm        cuda               no      not part of this version" in text
+    assert "samoyeds  cuda               no      not part of this version" in text
+    assert "  compiled kernels are kept in " in text
 
 
 def test_a_base_installation_is_enough():
