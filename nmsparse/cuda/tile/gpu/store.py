@@ -40,6 +40,29 @@ def sequence(parts: list[Callable[..., None]]) -> Callable[..., None]:
     return both
 
 
+_write_16, _write_2 = callable_of(memory.store("global", "u32", 4)), callable_of(memory.store("global", "u16"))
+
+
+@jit
+def _write_pair(at, pair, row, rows):
+    if row < rows:
+        _write_2(at, u16(pair & u32(0xFFFF)))
+    if row + 1 < rows:
+        _write_2(at + u64(2), u16(pair >> u32(16)))
+
+
+@jit
+def write_line(at, a, b, c, d, row, rows):
+    """Outputs ``row`` to ``row + 7`` of a token, those below ``rows``; at once where the address allows it."""
+    if row + 8 <= rows and at % u64(16) == 0:
+        _write_16(at, a, b, c, d)
+    else:
+        _write_pair(at, a, row, rows)
+        _write_pair(at + u64(4), b, row + 2, rows)
+        _write_pair(at + u64(8), c, row + 4, rows)
+        _write_pair(at + u64(12), d, row + 6, rows)
+
+
 def make_store(cfg: Any) -> dict[str, Callable[..., Any]]:
     """``store_partial``, ``add_partials`` and ``store`` for ``cfg``."""
     return {**_partial_words(cfg), **_epilogue_words(cfg)}
@@ -110,30 +133,12 @@ def _epilogue_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     sync, pack = callable_of(barrier.named_barrier(128)), callable_of(memory.pack(cfg.dtype))
     unpack, get_bias = callable_of(memory.unpack(cfg.dtype)), callable_of(memory.load("global", "u16"))
     st_2, st_4 = (callable_of(matrix.stmatrix(count, trans=True)) for count in (2, 4))
-    read, write = callable_of(memory.load("shared", "u32", 4)), callable_of(memory.store("global", "u32", 4))
-    write_one = callable_of(memory.store("global", "u16"))
+    read = callable_of(memory.load("shared", "u32", 4))
 
     @jit
     def piece(token, chunk):
         """Offset of 16-byte piece ``chunk`` of a staged token, spread over the banks."""
         return token * 128 + (chunk ^ token % 8) * 16
-
-    @jit
-    def write_halves(at, pair, row, rows):
-        if row < rows:
-            write_one(at, u16(pair & u32(0xFFFF)))
-        if row + 1 < rows:
-            write_one(at + u64(2), u16(pair >> u32(16)))
-
-    @jit
-    def write_line(at, a, b, c, d, row, rows):
-        if row + 8 <= rows and at % u64(16) == 0:
-            write(at, a, b, c, d)
-        else:
-            write_halves(at, a, row, rows)
-            write_halves(at + u64(4), b, row + 2, rows)
-            write_halves(at + u64(8), c, row + 4, rows)
-            write_halves(at + u64(12), d, row + 6, rows)
 
     def store_chunk(block, number):
         BASE = block * TILE_T // 2 + number * CHUNK // 2  # first register

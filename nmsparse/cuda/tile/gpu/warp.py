@@ -14,7 +14,7 @@ from ...layout import BLOCK, BLOCK_BYTES
 from ...ptx import barrier, copy, matrix, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
 from . import jit  # and that module's divide for the schedule
-from .store import sequence
+from .store import sequence, write_line
 
 __all__ = ["make"]
 
@@ -368,8 +368,7 @@ def _store_words(cfg: Any) -> Words:
     meet, pack = callable_of(barrier.block_barrier), callable_of(memory.pack(cfg.dtype))
     unpack, get_bias = callable_of(memory.unpack(cfg.dtype)), callable_of(memory.load("global", "u16"))
     turn, stage = callable_of(matrix.movmatrix_trans), callable_of(memory.store("shared", "u32"))
-    read, write = callable_of(memory.load("shared", "u32", 4)), callable_of(memory.store("global", "u32", 4))
-    write_one = callable_of(memory.store("global", "u16"))
+    read = callable_of(memory.load("shared", "u32", 4))
 
     @jit
     def bias_of(bias_gmem, row, rows):
@@ -400,23 +399,6 @@ def _store_words(cfg: Any) -> Words:
     stage_all = sequence([stage_row(i) for i in range(HIGH)])
 
     @jit
-    def write_halves(at, pair, row, rows):
-        if row < rows:
-            write_one(at, u16(pair & u32(0xFFFF)))
-        if row + 1 < rows:
-            write_one(at + u64(2), u16(pair >> u32(16)))
-
-    @jit
-    def write_piece(at, a, b, c, d, row, rows):
-        if row + 8 <= rows and at % u64(16) == 0:
-            write(at, a, b, c, d)
-        else:
-            write_halves(at, a, row, rows)
-            write_halves(at + u64(4), b, row + 2, rows)
-            write_halves(at + u64(8), c, row + 4, rows)
-            write_halves(at + u64(12), d, row + 6, rows)
-
-    @jit
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
         thread = i32(thread_again())
         lane, warp = thread % 32, thread // 32
@@ -429,7 +411,7 @@ def _store_words(cfg: Any) -> Words:
             number, first = token * TILE_T + piece // LINE, row * TILE_M + piece % LINE * 8
             if number < tokens and first < rows:
                 a, b, c, d = read(u32(ring + piece // LINE * STAGED + piece % LINE * 16))
-                write_piece(y_gmem + (u64(number) * u64(pitch) + u64(first)) * u64(2), a, b, c, d, first, rows)
+                write_line(y_gmem + (u64(number) * u64(pitch) + u64(first)) * u64(2), a, b, c, d, first, rows)
         meet()  # the ring fills again
 
     return {"store": store}
