@@ -1,7 +1,7 @@
 """The vocabulary that kernels are written in, twice: on the GPU with Numba CUDA, and on NumPy, word for word.
 
 The same kernel text compiles for the GPU and runs on its CPU twin. This page is the vocabulary of
-:mod:`nmsparse.cuda.kernels.gemm` (``gpu`` and ``store``; the twin is ``cpu``, which checks every rule below); the other
+:mod:`nmsparse.cuda.kernels.gemm` (``gpu``; the twin is ``cpu``, which checks every rule below); the other
 families explain theirs where it is defined.
 
 Memory space is in the names: ``w_gmem``, ``x_gmem``, ``y_gmem``, ``bias_gmem``, ``partial_gmem`` and ``flag_gmem`` lie
