@@ -18,7 +18,7 @@ from nmsparse.cuda.launch import GEMM_SIGNATURE
 from nmsparse.cuda.layout import BLOCK
 from nmsparse.cuda.tile import cpu
 
-pytest.importorskip("numba.cuda", reason="numba-cuda is not installed", exc_type=ImportError)
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed", exc_type=ImportError)
 
 from nmsparse.cuda import compiler
 from nmsparse.cuda.tile import gpu

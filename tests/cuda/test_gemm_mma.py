@@ -227,7 +227,7 @@ COMPILED += [
 
 @pytest.mark.parametrize(("cfg", "arch"), COMPILED)
 def test_registers_and_machine_code(cfg, arch, tmp_path):
-    pytest.importorskip("numba.cuda", reason="numba-cuda is not installed", exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed", exc_type=ImportError)
     from nmsparse.cuda import compiler
     from nmsparse.cuda.tile.gpu import warp
 

@@ -84,7 +84,7 @@ def test_a_planted_mistake_is_found(mistake):
 
 @pytest.mark.parametrize("cfg", SHIPPED_GEMV, ids=str)
 def test_it_compiles_without_spills(cfg):
-    pytest.importorskip("numba.cuda", reason="needs numba-cuda")
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda")
     from nmsparse.cuda import launch
 
     assert not cfg.problems()

@@ -205,7 +205,7 @@ CONFIGS = [
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120"])
 @pytest.mark.parametrize(("name", "cfg"), CONFIGS, ids=str)
 def test_compiles_without_spills(name, cfg, arch, tmp_path):
-    pytest.importorskip("numba.cuda")
+    pytest.importorskip("numba_cuda")
     cubin = pack.build(name, cfg, arch)
     resources = cubin.resources()
     assert resources["spill_stores"] == resources["spill_loads"] == resources["stack"] == 0

@@ -164,7 +164,7 @@ def kernel_of(instruction):
 
 @every_instruction
 def test_the_assembler_takes_it(instruction):
-    pytest.importorskip("numba.cuda", reason="numba-cuda is not installed", exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed", exc_type=ImportError)
     compiler = importlib.import_module("nmsparse.cuda.compiler")
     arch = {75: "sm_80", 80: "sm_80", 90: "sm_90a"}[instruction.arch]
     ptx, _ = compiler.to_ptx(kernel_of(instruction), "pp", arch, threads=128)
@@ -176,7 +176,7 @@ def test_the_assembler_takes_it(instruction):
 
 
 def test_the_assembler_refuses_a_wrong_text():
-    pytest.importorskip("numba.cuda", reason="numba-cuda is not installed", exc_type=ImportError)
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed", exc_type=ImportError)
     compiler = importlib.import_module("nmsparse.cuda.compiler")
     wrong = replace(barrier.init, text="mbarrier.begin.shared::cta.b64 [$0], $1;")
     ptx, _ = compiler.to_ptx(kernel_of(wrong), "pp", "sm_90a", threads=128)

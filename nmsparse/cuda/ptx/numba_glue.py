@@ -8,9 +8,15 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.extending import intrinsic, overload
 
 from .instruction import Instruction
+
+try:
+    from numba.cuda.extending import intrinsic, overload
+except ImportError as error:  # numba has a numba.cuda of its own, without these
+    raise ImportError(
+        "GPU kernels are compiled by numba-cuda; install it with: python -m pip install 'nmsparse[cuda13]'"
+    ) from error
 
 __all__ = ["address_of", "callable_of", "registers", "teach"]
 
