@@ -27,7 +27,6 @@ class GemmConfig:
     bias: bool = False
     group: int = 8  # row tiles that go through the tokens together
     weights_hint: str | None = None  # L2 policy of the weights
-    tokens_hint: str | None = None
 
     @property
     def name(self) -> str:
@@ -78,9 +77,19 @@ class GemmConfig:
         return self.chunk * BLOCK * 2
 
     @property
+    def staging_offset(self) -> int:
+        """Where the epilogue's buffers begin: after the ring."""
+        return self.stages * self.slot_bytes
+
+    @property
+    def barrier_offset(self) -> int:
+        """Where the barriers begin: the full ones, then the empty ones, 8 bytes each."""
+        return self.staging_offset + self.warpgroups * self.staging_bytes
+
+    @property
     def shared_bytes(self) -> int:
         """Ring, epilogue and barriers."""
-        return self.stages * self.slot_bytes + self.warpgroups * self.staging_bytes + 16 * self.stages
+        return self.barrier_offset + 16 * self.stages
 
     @property
     def producer_registers(self) -> int:

@@ -10,17 +10,17 @@ from typing import Any
 
 from ..errors import NMSparseError, UnsupportedDeviceError
 from ..formats import SparseArray
+from ..formats.nm import is_24
 from . import array, driver, launch
 from .array import DeviceArray
 from .choose import Plan, Problem, choose
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .layout import BLOCK
-from .pack import packed
+from .pack import DTYPES, packed
 
 __all__ = ["Operand", "matmul", "operand"]
 
-DTYPES = {"float16": "f16", "bfloat16": "bf16"}
 MAPS = 512  # tensor maps remembered for each weight and number of tokens
 
 
@@ -30,7 +30,7 @@ class Operand:
     def __init__(self, weight: SparseArray):
         values = weight.values
         gathers = weight.format == "vnm"
-        if weight.ndim != 2 or not (gathers or str(weight.pattern) == "2:4"):
+        if weight.ndim != 2 or not (gathers or (weight.format == "nm" and is_24(weight.pattern))):
             raise UnsupportedDeviceError(
                 f"matmul on a GPU: expected one 2:4 or V:N:M matrix, got {weight!r}; multiply with its todense()"
             )

@@ -88,9 +88,9 @@ def _place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    STAGES, SLOT, CLUSTER = cfg.stages, cfg.slot_bytes, cfg.cluster
+    STAGES, CLUSTER = cfg.stages, cfg.cluster
     ARRIVALS = 4 * cfg.warpgroups * CLUSTER  # one of each consumer warp
-    BARRIERS = STAGES * SLOT + cfg.warpgroups * cfg.staging_bytes
+    BARRIERS = cfg.barrier_offset
     to_shared, init = callable_of(memory.cvta_shared), callable_of(barrier.init)
     fence_init, fence_async = callable_of(memory.fence_mbarrier_init), callable_of(memory.fence_proxy_async)
     block_barrier, wait = callable_of(barrier.block_barrier), callable_of(barrier.wait)
@@ -164,13 +164,12 @@ def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 def _producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     STAGES, SLOT, CLUSTER, BLOCKS = cfg.stages, cfg.slot_bytes, cfg.cluster, cfg.warpgroups * cfg.blocks
     STEP, TILE_T, TOKENS, WEIGHTS = cfg.tile_k // BLOCK, cfg.tile_t, cfg.token_bytes, cfg.weight_bytes
-    BARRIERS = STAGES * SLOT + cfg.warpgroups * cfg.staging_bytes
+    BARRIERS = cfg.barrier_offset
     SHARE = TILE_T // CLUSTER  # tokens that one CTA of the cluster brings for all
     EVERYONE = (1 << CLUSTER) - 1
     prefetch_map = callable_of(copy.tensor_prefetch)
     expect_bytes, bulk = callable_of(barrier.expect_bytes), callable_of(copy.bulk_load(cfg.weights_hint))
-    load = callable_of(copy.tensor_load(hint=cfg.tokens_hint))
-    multicast = callable_of(copy.tensor_load(multicast=True, hint=cfg.tokens_hint))
+    load, multicast = callable_of(copy.tensor_load()), callable_of(copy.tensor_load(multicast=True))
     rank = callable_of(memory.cluster_rank)
 
     @jit

@@ -128,7 +128,7 @@ def _partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 def _epilogue_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     TILE_M, TILE_T, CHUNK, BLOCKS, BIAS = cfg.tile_m, cfg.tile_t, cfg.chunk, cfg.blocks, cfg.bias
-    STAGING, STAGING_BYTES = cfg.stages * cfg.slot_bytes, cfg.staging_bytes
+    STAGING, STAGING_BYTES = cfg.staging_offset, cfg.staging_bytes
     LINES = CHUNK * 8  # 16-byte pieces of a chunk
     sync, pack = callable_of(barrier.named_barrier(128)), callable_of(memory.pack(cfg.dtype))
     unpack, get_bias = callable_of(memory.unpack(cfg.dtype)), callable_of(memory.load("global", "u16"))
