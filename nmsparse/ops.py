@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -36,6 +38,40 @@ def _cuda(part: str) -> ModuleType:
 SparseArray._cuda = staticmethod(_cuda)
 
 
+def _buffers() -> ModuleType:
+    """What passes memory between torch and NumPy, imported when the first tensor turns up."""
+    return import_module(".torch.buffers", __package__)
+
+
+SparseArray._buffers = staticmethod(_buffers)
+
+
+def is_host_tensor(x: Any) -> bool:
+    """Whether ``x`` is a tensor of torch on the host; imports nothing.
+
+    >>> is_host_tensor(np.ones(3))
+    False
+    """
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(x, torch.Tensor) and not x.is_cuda
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def takes_tensors(function: F) -> F:
+    """A function of NumPy arrays that takes tensors of torch on the host too, without a copy, and then returns them."""
+
+    @functools.wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        if any(map(is_host_tensor, (*arguments, *options.values()))):
+            return _buffers().call(function, arguments, options)
+        return function(*arguments, **options)
+
+    return wrapper  # type: ignore[return-value]
+
+
+@takes_tensors
 def array(
     w: Any,
     pattern: str | Pattern,
@@ -112,6 +148,8 @@ def matmul(a: Any, b: Any, *, out: Any = None, config: Any = None) -> Any:
         )
     if _one_place(a, b, "matmul") >= 0:
         return _matmul_on_gpu(a, b, out, config)
+    if is_host_tensor(b if sparse[0] else a):
+        return _buffers().call(matmul, (a, b), {"out": out, "config": config})
     if config is not None:
         raise NMSparseError(f"matmul: config chooses a kernel of a GPU, these operands are on the host: got {config!r}")
     if sparse[0]:
@@ -212,6 +250,7 @@ def _tokens_times(x: np.ndarray, w: SparseArray | Transposed, left: Any, right: 
     return y.reshape(*lead, w.shape[-1]).astype(dtype, copy=False)
 
 
+@takes_tensors
 def grouped_matmul(x: Any, w: SparseArray, offsets: Any) -> Any:
     """Rows ``offsets[e-1]:offsets[e]`` of ``x`` ``(S, K)`` times ``w[e].T`` of ``w`` ``(E, M, K)``: ``(S, M)``.
 

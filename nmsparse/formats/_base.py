@@ -281,6 +281,15 @@ class SparseArray:
             host = {name: from_host(buffer, number) for name, buffer in host.items()}
         return type(self)(self.pattern, self.shape, host)
 
+    def to_torch(self) -> dict[str, Any]:
+        """The canonical buffers by name, as tensors of torch on the same memory (``meta`` of 2:4 is uint16)."""
+        return self._buffers().to_torch(self)
+
+    @staticmethod
+    def from_torch(buffers: Any, pattern: str | Pattern, shape: tuple[int, ...]) -> SparseArray:
+        """The array that holds these canonical buffers, tensors by name, on their memory; every position is checked."""
+        return SparseArray._buffers().from_torch(buffers, pattern, shape)
+
     def _need_host(self, what: str) -> None:
         if self._gpu >= 0:
             raise UnsupportedDeviceError(f"{what} of {self!r} runs on the host only: call it on A.to_device('cpu')")
@@ -314,10 +323,11 @@ class SparseArray:
 
     # --- products --------------------------------------------------------------------------------------------------
 
-    # What ``@`` runs, and what imports a module of ``nmsparse.cuda``. Backends stand above the formats:
-    # ``nmsparse.ops`` puts both here, nothing is imported upward.
+    # What ``@`` runs, what imports a module of ``nmsparse.cuda``, and what imports ``nmsparse.torch.buffers``. They
+    # stand above the formats: ``nmsparse.ops`` puts them here, nothing is imported upward.
     _product: ClassVar[Callable[..., Any]]
     _cuda: ClassVar[Callable[[str], ModuleType]]
+    _buffers: ClassVar[Callable[[], ModuleType]]
 
     def __matmul__(self, other: Any) -> np.ndarray:
         return SparseArray._product(self, other)

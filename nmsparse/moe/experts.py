@@ -10,8 +10,8 @@ import numpy as np
 from .. import reference
 from ..errors import NMSparseError
 from ..formats import Pattern, RaggedTokens, SparseArray
-from ..formats.checks import as_weight
-from ..ops import array, as_activation
+from ..formats.checks import as_weight, is_on_gpu
+from ..ops import _cuda, array, as_activation, takes_tensors
 
 
 class SparseExperts:
@@ -20,6 +20,9 @@ class SparseExperts:
     ``gate_up`` (E, 2I, H) holds the gate rows, then the up rows; expert e computes ``down[e] (act(gate x) * up x)``.
     With ``gate_up`` (E, I, H) there is no gate: ``down[e] act(gate_up[e] x)``. ``down`` is (E, H, I). Both are sparse
     arrays or dense ndarrays, of one dtype. ``activation`` is a key of ``nmsparse.reference.ACTIVATIONS``.
+
+    Weights on a GPU, sparse arrays or dense ones of torch, cupy or DLPack, float16 or bfloat16, serve calls there
+    (:mod:`nmsparse.cuda.experts`): four launches, no waiting, any routing in a CUDA graph.
 
     Raises NMSparseError for weights that do not fit each other and for an unknown activation.
 
@@ -48,6 +51,9 @@ class SparseExperts:
         if activation not in reference.ACTIVATIONS:
             raise NMSparseError(f"activation: expected one of {', '.join(reference.ACTIVATIONS)}; got {activation!r}")
         self.activation = activation
+        self._gpu = None
+        if any(getattr(weight, "device", "cpu") != "cpu" for weight in (self.gate_up, self.down)):
+            self._gpu = _cuda("experts").Experts(self.gate_up, self.down, activation)
 
     @classmethod
     def from_dense(
@@ -105,6 +111,17 @@ class SparseExperts:
             f"{self.dtype.name}, {self.nbytes} bytes)"
         )
 
+    def compact(self) -> SparseExperts:
+        """Let go of the canonical buffers of weights on a GPU and keep what its kernels read; returns itself.
+
+        The weights can then no longer be decoded, moved or saved from here; where nobody else holds the arrays, their
+        memory is free. Nothing happens to weights on the host, whose kernels read the canonical buffers.
+        """
+        if self._gpu is not None:
+            self.gate_up, self.down = self._gpu.gate_up, self._gpu.down
+        return self
+
+    @takes_tensors
     def __call__(self, x: np.ndarray, topk_ids: np.ndarray, topk_weights: np.ndarray) -> np.ndarray:
         """Each token's weighted sum of the outputs of its experts, in the shape and dtype of ``x``.
 
@@ -120,6 +137,8 @@ class SparseExperts:
         array([[3., 3., 3., 3.],
                [6., 6., 6., 6.]], dtype=float32)
         """
+        if self._gpu is not None:
+            return self._gpu(x, topk_ids, topk_weights)
         x = as_activation(x, "x")
         if x.ndim == 0 or x.shape[-1] != self.hidden_size:
             raise NMSparseError(f"x: expected shape (tokens, {self.hidden_size}), got {x.shape}")
@@ -150,7 +169,7 @@ class SparseExperts:
 
 def _expert_weights(name: str, weight: Any) -> SparseArray | np.ndarray:
     if not isinstance(weight, SparseArray):
-        weight = as_weight(weight, name)
+        weight = _cuda("array").view(weight) if is_on_gpu(weight) else as_weight(weight, name)
     if weight.ndim != 3 or not weight.shape[0]:
         raise NMSparseError(f"{name}: expected one matrix per expert, shape (E, rows, columns); got {weight.shape}")
     return weight

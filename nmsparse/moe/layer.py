@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import NMSparseError
-from ..ops import as_activation
+from ..ops import as_activation, takes_tensors
 from .experts import SparseExperts
 from .router import Router, finite_float32, sigmoid
 
@@ -58,6 +58,7 @@ class MoELayer:
     def __repr__(self) -> str:
         return f"MoELayer({self.router!r}, {self.experts!r}, shared={self.shared!r})"
 
+    @takes_tensors
     def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The experts (T, k) of tokens ``x`` (T, H), or (…, H) taken as one list of tokens, and their weights (T, k).
 
@@ -68,6 +69,7 @@ class MoELayer:
         """
         return self.router(self._tokens(x) @ self.router_weight.T, self.bias)
 
+    @takes_tensors
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The layer's output for ``x`` (T, H) or (…, H), in its shape and dtype."""
         x = as_activation(x, "x")

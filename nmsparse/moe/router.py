@@ -23,6 +23,7 @@ import numpy as np
 
 from ..errors import NMSparseError
 from ..formats.checks import DTYPES
+from ..ops import takes_tensors
 from .configs import settings_of
 
 SCORINGS = ("softmax", "sigmoid")
@@ -116,6 +117,7 @@ class Router:
     def _limits_groups(self) -> bool:
         return self.topk_groups < self.num_groups
 
+    @takes_tensors
     def __call__(self, logits: np.ndarray, bias: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The experts of each token and their weights, as :func:`route` returns them.
 
