@@ -92,42 +92,44 @@ def chunk_groups(a, tokens):
 
 @njit(**INLINED)
 def add_two_four(a, expert, group, until, panel, sums, weights, offsets, planes, tokens):
-    """:func:`add_products` of a :class:`TwoFour`."""
+    """:func:`add_products` of a :class:`TwoFour`. Divisions stay out of the inner loops: a row has few columns here."""
     step = chunk_blocks(tokens)
     for left in range(0, blocks(a), step):
         right = min(left + step, blocks(a))
         start, stop = COLUMNS * left, min(COLUMNS * right, 16 * a.words)
-        block = -1
-        for row in range(group * a.n, until * a.n):
-            if row // a.block != block:
-                block = row // a.block
-                fill_offsets(planes, a, expert, row, left, right, tokens)
-            stored = expert * a.height + row
-            decode_two_four(a, stored * a.words, left, right, weights, offsets, planes)
-            dense = (row // a.n - group) * a.m
-            run, column = start // a.run, start
-            while column < stop:
-                end = min(stop, (run + 1) * a.run)
-                i = scattered(a, stored, run, dense) * tokens
-                add_run(sums, i, offsets, weights, (column - start) // 2, (end - start) // 2, panel, tokens)
-                column = end
-                run += 1
+        first_run = start // a.run
+        row = regather = group * a.n
+        for dense in range(0, (until - group) * a.m, a.m):
+            for _ in range(a.n):
+                if row == regather:
+                    fill_offsets(planes, a, expert, row, left, right, tokens)
+                    regather = (row // a.block + 1) * a.block
+                stored = expert * a.height + row
+                decode_two_four(a, stored * a.words, left, right, weights, offsets, planes)
+                run, column = first_run, start
+                while column < stop:
+                    end = min(stop, (run + 1) * a.run)
+                    i = scattered(a, stored, run, dense) * tokens
+                    add_run(sums, i, offsets, weights, (column - start) // 2, (end - start) // 2, panel, tokens)
+                    column = end
+                    run += 1
+                row += 1
 
 
 @njit(**INLINED)
 def decode_two_four(a, w, left, right, weights, offsets, planes):
     """Blocks ``left`` to ``right`` of the row whose words start at ``w``."""
     prefetch(a.meta, w + 2 * left + AHEAD * a.words)
-    for block in range(left, right):
+    whole = min(right, a.words // 2)
+    for block in range(left, whole):
         i, v = LANES * (block - left), w + 2 * block
-        columns = candidates(planes, CANDIDATES * i, LANES)
         prefetch(a.values, 8 * v + AHEAD * row_values(a))
-        if 2 * block + 1 < a.words:
-            store(offsets, i, pick(word(a.meta, v), columns))
-            store(weights, i, load(a.values, 8 * v, 16))
-        else:  # half a block: what is written after its eight values is not used
-            store(offsets, i, pick(at(a.meta, v), columns))
-            store(weights, i, widen(load(a.values, 8 * v, 8), 16))
+        store(offsets, i, pick(word(a.meta, v), candidates(planes, CANDIDATES * i, LANES)))
+        store(weights, i, load(a.values, 8 * v, 16))
+    if whole < right:  # half a block: what is written after its eight values is not used
+        i, v = LANES * (whole - left), w + 2 * whole
+        store(offsets, i, pick(at(a.meta, v), candidates(planes, CANDIDATES * i, LANES)))
+        store(weights, i, widen(load(a.values, 8 * v, 8), 16))
 
 
 @njit(**INLINED)

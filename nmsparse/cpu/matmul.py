@@ -13,7 +13,7 @@ from .narrow import TOKENS, narrow_1, narrow_4
 from .operand import AnyNM, TwoFour, operand
 from .planes import COLUMNS
 from .threads import count, team
-from .wide import wide_8, wide_32, wide_64
+from .wide import wide_8, wide_32, wide_64, wide_128
 
 _NARROW = TOKENS if AVX512 else 8  # tokens of one expert up to which narrow beats wide with half of its lanes empty
 _ROWS = 32  # rows of a task, at least: fewer are not worth fetching
@@ -95,7 +95,9 @@ def _tiles(weights: TwoFour | AnyNM, work: Work) -> dict[Callable, list[tuple[in
     plan: dict[Callable, list[tuple[int, int, int]]] = {}
     for expert, first, left in work:
         while left:
-            if left > 32:
+            if left > 96:
+                kernel, size = wide_128, 128
+            elif left > 32:
                 kernel, size = wide_64, 64
             elif left > max(few, 8):
                 kernel, size = wide_32, 32

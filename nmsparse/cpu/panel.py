@@ -9,27 +9,24 @@ import numpy as np
 from numba import njit
 
 from .operand import INLINED
-from .simd import add, at, fma, load, put, splat, store
+from .simd import add, at, fma, load, put, splat, store, transpose
 
 
 @njit(**INLINED)
-def fill_panel(panel, x, width, token_ids, first, count, tokens):
-    """Transpose the tokens of a tile, eight at a time. The lanes after the last token repeat it and are never read."""
-    for t in range(0, tokens, 8):
-        r0, r1 = row_of(t, token_ids, first, count) * width, row_of(t + 1, token_ids, first, count) * width
-        r2, r3 = row_of(t + 2, token_ids, first, count) * width, row_of(t + 3, token_ids, first, count) * width
-        r4, r5 = row_of(t + 4, token_ids, first, count) * width, row_of(t + 5, token_ids, first, count) * width
-        r6, r7 = row_of(t + 6, token_ids, first, count) * width, row_of(t + 7, token_ids, first, count) * width
-        for column in range(width):
-            i = column * tokens + t
-            put(panel, i, at(x, r0 + column))
-            put(panel, i + 1, at(x, r1 + column))
-            put(panel, i + 2, at(x, r2 + column))
-            put(panel, i + 3, at(x, r3 + column))
-            put(panel, i + 4, at(x, r4 + column))
-            put(panel, i + 5, at(x, r5 + column))
-            put(panel, i + 6, at(x, r6 + column))
-            put(panel, i + 7, at(x, r7 + column))
+def fill_panel(panel, x, width, token_ids, first, count, starts, tokens, side):
+    """Transpose the tokens of a tile, ``side`` at a time; ``starts`` is room for where these start.
+
+    The lanes after the last token repeat it and are never read.
+    """
+    whole = width // side * side
+    for t in range(0, tokens, side):
+        for i in range(side):
+            put(starts, i, row_of(t + i, token_ids, first, count) * width)
+        for column in range(0, whole, side):
+            transpose(x, starts, column, panel, column * tokens + t, tokens, side)
+        for column in range(whole, width):
+            for i in range(side):
+                put(panel, column * tokens + t + i, at(x, at(starts, i) + column))
 
 
 @njit(**INLINED)

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import llvm
-from .llvm import FLOAT, INT, Vector
+from .llvm import FLOAT, INT, LONG, Vector
 
 # --- from and to memory ----------------------------------------------------------------------------------------------
 
@@ -205,3 +205,32 @@ def number(typingctx, stored):
         return builder.extract_element(value, INT(0))
 
     return types.float32(stored), codegen
+
+
+# --- sixteen vectors at once -----------------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def transpose(typingctx, source, rows, column, target, start, stride, side):
+    """``target[start + c * stride + r] = source[rows[r] + column + c]``, r and c below ``side`` (a power of 2)."""
+    n = side.literal_value
+
+    def codegen(context, builder, signature, args):
+        memory, places, left, target, start, stride, _ = args
+        square = ir.VectorType(FLOAT, n)
+        vectors = []
+        for r in range(n):
+            place = builder.load(builder.gep(places, [LONG(r)]))
+            vectors.append(builder.load(llvm.element(builder, [memory, builder.add(place, left)], square), align=4))
+        # Zipping the first half of the vectors with the second brings each element one bit of its row nearer.
+        low, high = ([lane // 2 + lane % 2 * n + half for lane in range(n)] for half in (0, n // 2))
+        for _ in range(n.bit_length() - 1):
+            pairs = list(zip(vectors[: n // 2], vectors[n // 2 :], strict=True))
+            vectors = [builder.shuffle_vector(a, b, llvm.constant(part)) for a, b in pairs for part in (low, high)]
+        for vector in vectors:
+            builder.store(vector, llvm.element(builder, [target, start], square), align=4)
+            start = builder.add(start, stride)
+        return context.get_dummy_value()
+
+    integer = types.intp
+    return types.void(source, rows, integer, target, integer, integer, side), codegen

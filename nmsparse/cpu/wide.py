@@ -15,10 +15,10 @@ from .doorbell import next_task, share
 from .operand import INLINED, addresses
 from .panel import fill_panel
 from .planes import aligned
-from .simd import address, at, put, splat, store
+from .simd import address, at, put, splat, store, transpose
 
 ROWS = 256  # dense rows whose sums are kept at a time
-LINE = 16  # elements of a cache line: what is transposed at a time
+SIDE = 16  # tokens or rows that are transposed at a time, at most
 
 
 @njit(cache=True, nogil=True)
@@ -29,9 +29,7 @@ def wide_8(bell, wake, *job):
 
 @njit(**INLINED)
 def _wide_8(queue, a, x, token_ids, tiles, parts, y):
-    panel, sums, weights = aligned(panel_columns(a) * 8), aligned((ROWS + a.m) * 8), aligned(chunk_values(a, 8))
-    offsets, planes = aligned(chunk_values(a, 8)).view(np.int32), aligned(chunk_planes(a, 8)).view(np.int32)
-    wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets, planes, 8)
+    wide(queue, a, x, token_ids, tiles, parts, y, make_room(a, 8), 8, 8)
 
 
 @njit(cache=True, nogil=True)
@@ -42,9 +40,7 @@ def wide_32(bell, wake, *job):
 
 @njit(**INLINED)
 def _wide_32(queue, a, x, token_ids, tiles, parts, y):
-    panel, sums, weights = aligned(panel_columns(a) * 32), aligned((ROWS + a.m) * 32), aligned(chunk_values(a, 32))
-    offsets, planes = aligned(chunk_values(a, 32)).view(np.int32), aligned(chunk_planes(a, 32)).view(np.int32)
-    wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets, planes, 32)
+    wide(queue, a, x, token_ids, tiles, parts, y, make_room(a, 32), 32, SIDE)
 
 
 @njit(cache=True, nogil=True)
@@ -55,17 +51,38 @@ def wide_64(bell, wake, *job):
 
 @njit(**INLINED)
 def _wide_64(queue, a, x, token_ids, tiles, parts, y):
-    panel, sums, weights = aligned(panel_columns(a) * 64), aligned((ROWS + a.m) * 64), aligned(chunk_values(a, 64))
-    offsets, planes = aligned(chunk_values(a, 64)).view(np.int32), aligned(chunk_planes(a, 64)).view(np.int32)
-    wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets, planes, 64)
+    wide(queue, a, x, token_ids, tiles, parts, y, make_room(a, 64), 64, SIDE)
+
+
+@njit(cache=True, nogil=True)
+def wide_128(bell, wake, *job):
+    """:func:`wide` for tiles of up to 128 tokens, shared by a team; ``job`` is ``a, x, token_ids, tiles, parts, y``."""
+    return share(bell, wake, _wide_128, job)
 
 
 @njit(**INLINED)
-def wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets, planes, tokens):
-    """Rows of ``y`` for tiles of up to ``tokens`` (a literal). A task is one tile and one of ``parts`` of the rows."""
+def _wide_128(queue, a, x, token_ids, tiles, parts, y):
+    wide(queue, a, x, token_ids, tiles, parts, y, make_room(a, 128), 128, SIDE)
+
+
+@njit(**INLINED)
+def make_room(a, tokens):
+    """What one thread works in. Its caller must hold it: :func:`wide` takes addresses of it."""
+    panel, sums = aligned(panel_columns(a) * tokens), aligned((ROWS + a.m) * tokens)
+    weights, offsets = aligned(chunk_values(a, tokens)), aligned(chunk_values(a, tokens)).view(np.int32)
+    return panel, sums, weights, offsets, aligned(chunk_planes(a, tokens)).view(np.int32), np.empty(SIDE, np.int64)
+
+
+@njit(**INLINED)
+def wide(queue, a, x, token_ids, tiles, parts, y, room, tokens, side):
+    """Rows of ``y`` for tiles of up to ``tokens``. A task is one tile and one of ``parts`` of the rows.
+
+    ``side`` is how many tokens or rows are transposed at a time; both are literals.
+    """
     a, tasks, width, height = addresses(a), len(tiles) * parts, x.shape[1], y.shape[1]
+    panel, sums, weights, offsets, planes, starts = room
     x, y, panel, sums = address(x), address(y), address(panel), address(sums)
-    weights, offsets, planes = address(weights), address(offsets), address(planes)
+    weights, offsets, planes, starts = address(weights), address(offsets), address(planes), address(starts)
     groups = a.height // a.n
     step = max(1, ROWS // a.m)
     for i in range(width * tokens, panel_columns(a) * tokens):
@@ -76,7 +93,7 @@ def wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets,
         tile, part = task // parts, task % parts
         expert, first, count = tiles[tile, 0], tiles[tile, 1], tiles[tile, 2]
         if tile != ready:
-            fill_panel(panel, x, width, token_ids, first, count, tokens)
+            fill_panel(panel, x, width, token_ids, first, count, starts, tokens, side)
             ready = tile
         group, stop = groups * part // parts, groups * (part + 1) // parts
         while group < stop:
@@ -86,9 +103,22 @@ def wide(queue, a, x, token_ids, tiles, parts, y, panel, sums, weights, offsets,
             add_products(a, expert, group, until, panel, sums, weights, offsets, planes, tokens)
             top = group * a.m
             rows = min(until * a.m, height) - top
-            for left in range(0, rows, LINE):
-                for t in range(count):
-                    for row in range(left, min(left + LINE, rows)):
-                        put(y, (first + t) * height + top + row, at(sums, row * tokens + t))
+            write_sums(sums, rows, starts, y, first * height + top, height, count, tokens, side)
             group = until
         task = next_task(queue)
+
+
+@njit(**INLINED)
+def write_sums(sums, rows, starts, y, start, height, count, tokens, side):
+    """The sums of ``rows`` rows and ``count`` tokens, token by token from ``y[start]`` on."""
+    for r in range(side):
+        put(starts, r, r * tokens)
+    for t in range(0, count, side):
+        for row in range(0, rows, side):
+            i, target = row * tokens + t, start + t * height + row
+            if row + side <= rows and t + side <= count:
+                transpose(sums, starts, i, y, target, height, side)
+            else:
+                for r in range(min(side, rows - row)):
+                    for c in range(min(side, count - t)):
+                        put(y, target + c * height + r, at(sums, i + r * tokens + c))

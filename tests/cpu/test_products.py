@@ -19,8 +19,8 @@ from nmsparse.cpu import threads
 from nmsparse.cpu.matmul import grouped_matmul, matmul
 from nmsparse.errors import NMSparseError
 
-# Around the sizes where the kernels change: 1 | 2-16 | 17-32 | 33-64 | several tiles.
-TOKENS = [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 130]
+# Around the sizes where the kernels change: 1 | 2-16 | 17-32 | 33-64 | 65-96, two tiles | 97-128 | more tiles.
+TOKENS = [0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 31, 32, 33, 64, 65, 97, 128, 130]
 # All products have a tail: rows, columns, half a block of columns, a run that ends inside one.
 SHAPES = [(1, 1), (7, 20), (65, 130), (130, 272), (48, 1000)]
 
@@ -52,7 +52,7 @@ def test_matmul(pattern, dtype):
 def test_a_weight_larger_than_the_tiles_and_chunks(pattern):
     rng = np.random.default_rng(0)
     a = formats.random((1100, 2100), pattern, rng=rng)
-    for tokens in (1, 16, 70):
+    for tokens in (1, 16, 200):
         x = rng.standard_normal((tokens, 2100), np.float32)
         assert_exact(matmul(a, x), *exact(x, a), 2100)
 
@@ -110,7 +110,7 @@ def test_what_is_not_finite_reaches_what_it_meets_and_nothing_else(pattern, seed
     np.testing.assert_array_equal(np.isfinite(y).all(axis=0), np.isfinite(w).all(axis=1))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 30, 100])
+@pytest.mark.parametrize("tokens", [1, 7, 30, 200])
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "vnm:64:2:8", "samoyeds:1:2:128"])
 def test_the_bits_do_not_depend_on_the_threads(pattern, tokens, monkeypatch):
     rng = np.random.default_rng(0)
@@ -176,7 +176,7 @@ assert pick.CANDIDATES == 3
 rng = np.random.default_rng(0)
 for pattern in ("2:4", "vnm:16:2:8", "samoyeds:1:2:32", "1:4"):
     a = formats.random((70, 208), pattern, rng=rng)
-    for tokens in (1, 5, 40):
+    for tokens in (1, 5, 40, 100):
         x = rng.standard_normal((tokens, 208), np.float32)
         np.testing.assert_allclose(matmul(a, x), x @ a.todense().T, rtol=1e-4, atol=1e-4)
 """
@@ -247,7 +247,7 @@ for pattern in ("2:4", "3:7", "vnm:4:2:8", "samoyeds:1:2:32", "samoyeds:2:3:12")
             a = formats.random(shape, pattern, dtype=dtype, rng=rng)
             w = at_the_brink(a.todense())
             assert pack(w, pattern, at_the_brink(a.mask().astype(np.float32))).keys() == a.buffers().keys()
-            want = {tokens: rng.standard_normal((tokens, shape[1]), np.float32) for tokens in (1, 3, 20, 40)}
+            want = {tokens: rng.standard_normal((tokens, shape[1]), np.float32) for tokens in (1, 3, 20, 40, 100)}
             for name, buffer in a.buffers().items():
                 setattr(a, name, at_the_brink(buffer))
             for tokens, x in want.items():

@@ -8,7 +8,7 @@ import pytest
 from numba import njit
 
 from nmsparse.cpu.pick import word
-from nmsparse.cpu.simd import address, at, fma, lane_sums, load, number, repeat, splat, store, widen
+from nmsparse.cpu.simd import address, at, fma, lane_sums, load, number, repeat, splat, store, transpose, widen
 from nmsparse.cpu.storage import as_storage
 from nmsparse.errors import NMSparseError
 
@@ -70,6 +70,27 @@ def test_repeat_widen_splat_and_fma():
     np.testing.assert_array_equal(out[:8], [2, 3] * 4)
     np.testing.assert_array_equal(out[8:16], [2, 3, 4, 5, 0, 0, 0, 0])
     np.testing.assert_array_equal(out[16:], 5 * x + 1)
+
+
+@njit
+def turn_16(x, rows, column, out, start, stride):
+    transpose(address(x), address(rows), column, address(out), start, stride, 16)
+
+
+@njit
+def turn_8(x, rows, column, out, start, stride):
+    transpose(address(x), address(rows), column, address(out), start, stride, 8)
+
+
+@pytest.mark.parametrize(("turn", "side"), [(turn_16, 16), (turn_8, 8)])
+def test_transpose_writes_its_square_and_nothing_else(turn, side):
+    rng = np.random.default_rng(0)
+    x, rows = rng.standard_normal((20, 40), np.float32), rng.permutation(20)[:side]
+    out = np.zeros((side + 2, side + 3), np.float32)
+    turn(x, 40 * rows, 5, out, out.shape[1] + 2, out.shape[1])
+    want = np.zeros_like(out)
+    want[1 : 1 + side, 2 : 2 + side] = x[rows, 5 : 5 + side].T
+    np.testing.assert_array_equal(out, want)
 
 
 @njit
