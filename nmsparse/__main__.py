@@ -19,6 +19,8 @@ COMMANDS = {
     "info": ("nmsparse.cli.info", "versions, devices, and which kernels are usable here"),
     "demo": ("nmsparse.demo", "run a small Mixture-of-Experts language model on sparse experts"),
     "convert": ("nmsparse.cli.convert", "make the experts of a Hugging Face checkpoint sparse"),
+    "prune": ("nmsparse.cli.prune", "prune the experts of a model with calibration text"),
+    "eval": ("nmsparse.cli.evaluate", "bits per byte of a text under a checkpoint, dense or sparse"),
     "inspect": ("nmsparse.cli.inspect", "list what a checkpoint holds"),
     "bench": ("nmsparse.bench", "time the kernels against their peers"),
 }

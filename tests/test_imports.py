@@ -16,16 +16,18 @@ ROOT = Path(nmsparse.__file__).parent
 LAYERS = [
     "errors",
     "formats",
-    "prune",
     "reference",
     "testing",
     "cpu",
     "cuda",
     "ops",
+    "prune",
     "moe",
     "io",
-    "bench",
+    "torch",
     "demo",
+    "calibration",
+    "bench",
     "cli",
 ]
 HEAVY = {"numba", "torch", "scipy", "safetensors", "matplotlib", "tqdm", "transformers"}
@@ -70,6 +72,12 @@ def test_imports_point_one_way(path):
 def test_numba_lives_in_the_backends_only():
     users = {layer_of(path) for path in FILES if {"numba", "llvmlite"} & roots(path)}
     assert users <= {"cpu", "cuda", "cli"}, "cli may ask numba for its version"
+
+
+def test_torch_lives_in_the_bridge_only():
+    """Benchmarks compare with it."""
+    users = {layer_of(path) for path in FILES if {"torch", "transformers"} & roots(path)}
+    assert users <= {"torch", "bench"}
 
 
 def test_what_a_warm_launch_needs_is_light():

@@ -23,6 +23,7 @@ Routing = list[tuple[np.ndarray, np.ndarray]]  # of each layer: the experts (tok
 
 # Queries scored at once. A block never looks at the keys behind it, which spares 3/8 of the work of a 512-byte window.
 _QUERY_BLOCK = 128
+FUSED = ("gate_up_proj", "down_proj")  # the matrices of an expert in a checkpoint of ours
 
 
 @dataclass(frozen=True)
@@ -182,22 +183,28 @@ class Mixtral:
         c = self.config
         if c.sliding_window is not None and tokens.shape[1] > c.sliding_window:
             raise NMSparseError(f"expected windows of at most {c.sliding_window} bytes (the model's sliding window)")
-        angles = rotary_angles(tokens.shape[1], c.head_dim, c.rope_theta)
         self.seconds_in_experts, self.routing = 0.0, Routing()
         x = self.embedding[tokens]
         for block in self.blocks:
-            x += self._attention(block, rms_norm(x, block.attention_norm, c.rms_norm_eps), angles)
-            x += self._experts(block, rms_norm(x, block.moe_norm, c.rms_norm_eps))
+            x += self.attention(block, x)
+            x += self._experts(block, self.experts_input(block, x))
         return rms_norm(x, self.norm, c.rms_norm_eps) @ self.head.T
 
-    def _attention(self, block: Block, x: np.ndarray, angles: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    def attention(self, block: Block, x: np.ndarray) -> np.ndarray:
+        """What the attention of a block adds to the residual stream ``x`` (B, T, H)."""
         c, (batch, length, _) = self.config, x.shape
+        angles = rotary_angles(length, c.head_dim, c.rope_theta)
+        x = rms_norm(x, block.attention_norm, c.rms_norm_eps)
         q, k, v = np.split(x @ block.qkv.T, np.cumsum([c.heads, c.kv_heads]) * c.head_dim, axis=-1)
         # Grouped queries: (B, key-value head, queries that share it, T, D); keys and values broadcast over the queries.
         q = q.reshape(batch, length, c.kv_heads, -1, c.head_dim).transpose(0, 2, 3, 1, 4)
         k, v = (t.reshape(batch, length, c.kv_heads, 1, c.head_dim).transpose(0, 2, 3, 1, 4) for t in (k, v))
         mixed = causal_attention(rotate(q, *angles), rotate(k, *angles), v)
         return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1) @ block.out.T
+
+    def experts_input(self, block: Block, x: np.ndarray) -> np.ndarray:
+        """What router and experts of a block read where the residual stream, attention included, is ``x`` (B, T, H)."""
+        return rms_norm(x, block.moe_norm, self.config.rms_norm_eps)
 
     def _experts(self, block: Block, x: np.ndarray) -> np.ndarray:
         rows = x.reshape(-1, x.shape[-1])
@@ -208,7 +215,7 @@ class Mixtral:
         return mixed.reshape(x.shape)
 
 
-def load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mixtral:
+def load(config: Mapping[str, Any], tensor: Callable[[str], Weights]) -> Mixtral:
     """Build the model from a parsed ``config.json`` and a function that returns a tensor of the checkpoint by its name.
 
     Experts keep the dtype of the checkpoint; everything else becomes float32. Where ``tensor`` raises KeyError for a
@@ -220,7 +227,7 @@ def load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mixt
         raise NMSparseError(f"expected a checkpoint in the Mixtral layout: {error.args[0]}") from None
 
 
-def _load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mixtral:
+def _load(config: Mapping[str, Any], tensor: Callable[[str], Weights]) -> Mixtral:
     c = Config.from_dict(config)
 
     def float32(name: str) -> np.ndarray:
@@ -230,9 +237,7 @@ def _load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mix
     for layer in range(c.layers):
         prefix = f"model.layers.{layer}"
         attention, moe = f"{prefix}.self_attn", f"{prefix}.block_sparse_moe"
-        gate, down, up = (
-            np.stack([tensor(f"{moe}.experts.{e}.{w}.weight") for e in range(c.experts)]) for w in ("w1", "w2", "w3")
-        )
+        experts = _load_experts(f"{moe}.experts", c.experts, tensor)
         blocks.append(
             Block(
                 attention_norm=float32(f"{prefix}.input_layernorm.weight"),
@@ -241,7 +246,7 @@ def _load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mix
                 moe_norm=float32(f"{prefix}.post_attention_layernorm.weight"),
                 moe=MoELayer(
                     float32(f"{moe}.gate.weight"),
-                    SparseExperts(np.concatenate([gate, up], axis=1), down),
+                    experts,
                     Router.from_config(config),
                 ),
             )
@@ -249,6 +254,30 @@ def _load(config: Mapping[str, Any], tensor: Callable[[str], np.ndarray]) -> Mix
     embedding = float32("model.embed_tokens.weight")
     head = embedding if c.tied_head else float32("lm_head.weight")
     return Mixtral(c, embedding, blocks, float32("model.norm.weight"), head)
+
+
+def _load_experts(prefix: str, count: int, tensor: Callable[[str], Weights]) -> SparseExperts:
+    """The experts of one layer: as published, or as ``nmsparse convert`` and ``nmsparse prune`` write them."""
+
+    def held(name: str) -> bool:
+        try:
+            tensor(name)
+        except KeyError:
+            return False
+        return True
+
+    if held(f"{prefix}.down_proj"):
+        return SparseExperts(tensor(f"{prefix}.gate_up_proj"), tensor(f"{prefix}.down_proj"))
+    if held(f"{prefix}.0.down_proj"):  # a pattern for each expert: one dense array holds them all
+        return SparseExperts(
+            *(np.stack([_dense(tensor(f"{prefix}.{e}.{name}")) for e in range(count)]) for name in FUSED)
+        )
+    gate, down, up = (np.stack([tensor(f"{prefix}.{e}.{w}.weight") for e in range(count)]) for w in ("w1", "w2", "w3"))
+    return SparseExperts(np.concatenate([gate, up], axis=1), down)
+
+
+def _dense(weight: Weights) -> np.ndarray:
+    return weight.todense() if isinstance(weight, SparseArray) else weight
 
 
 def bits_per_byte(logits: np.ndarray, tokens: np.ndarray) -> float:

@@ -130,7 +130,7 @@ def convert(
     if dtype not in VALUE_DTYPES:
         raise NMSparseError(f"dtype: expected one of {', '.join(VALUE_DTYPES)}, got {dtype!r}")
     refuse_existing(target)
-    config = _read_config(source)
+    config = read_config(source)
     checkpoint = Checkpoint(source)
     if checkpoint.sparse_names:
         raise NMSparseError(
@@ -142,7 +142,7 @@ def convert(
         on_start(sum(2 * layer.count for layer in experts))
     conversion = Conversion(target, pattern)
     weight_map: dict[str, str] = {}
-    with _building(target) as folder:
+    with building(target) as folder:
         for number, shard in enumerate(shards, 1):
             file = f"nmsparse-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors: dict[str, np.ndarray | Tensor] = {tensor.name: tensor for tensor in shard.rest}
@@ -157,14 +157,14 @@ def convert(
             for report in reports if on_layer else ():
                 on_layer(report)
         size = conversion.total.bytes_after + conversion.dense_bytes
-        _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-        _copy_side_files(source, folder)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        copy_side_files(source, folder)
         summary = {"schema": SCHEMA, "pattern": str(pattern), "experts_only": experts_only}
-        _write_json(folder / "config.json", {**config, KEY: summary})
+        write_json(folder / "config.json", {**config, KEY: summary})
     return conversion
 
 
-def _read_config(source: Path) -> dict[str, Any]:
+def read_config(source: Path) -> dict[str, Any]:
     if not source.is_dir():
         kind = "no directory" if source.exists() else "no such directory"
         raise FileNotFoundError(
@@ -244,18 +244,18 @@ def _sum_of_squares(array: np.ndarray, block: int = 1 << 20) -> float:
     return float(sum(np.dot(part, part) for part in blocks))
 
 
-def _copy_side_files(source: Path, folder: Path) -> None:
+def copy_side_files(source: Path, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name != "config.json" and _SIDE_FILES.fullmatch(file.name):
             shutil.copyfile(file, folder / file.name)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _building(target: Path) -> Iterator[Path]:
+def building(target: Path) -> Iterator[Path]:
     """A directory beside ``target`` that takes its name when the block ends well, and is removed when it does not."""
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent}: no such directory to make {target.name!r} in")

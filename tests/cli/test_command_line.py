@@ -78,7 +78,7 @@ def test_help_of_a_command(command):
     ("arguments", "message"),
     [
         ([], "the following arguments are required: COMMAND"),
-        (["prune"], "invalid choice: 'prune'"),
+        (["squash"], "invalid choice: 'squash'"),
         (["--fast"], "COMMAND"),
         (["inspect"], "the following arguments are required: FILE|DIR"),
         (["inspect", "x", "--loud"], "unrecognized arguments: --loud"),
