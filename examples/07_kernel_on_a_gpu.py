@@ -11,7 +11,6 @@ from nmsparse import NMArray, UnsupportedDeviceError
 from nmsparse.bench.gpu import kernel_seconds
 from nmsparse.cuda import driver, launch
 from nmsparse.cuda.choose import H200, Problem, candidates, choose
-from nmsparse.cuda.compiler import compile_kernel
 from nmsparse.cuda.config import GemmConfig
 from nmsparse.cuda.config_mma import MmaConfig
 from nmsparse.cuda.matmul import matmul
@@ -54,9 +53,7 @@ try:
 except (UnsupportedDeviceError, ImportError) as reason:
     print(f"no GPU to run on ({reason}); what the compiler says for sm_90a:")
     for name, plan in STEPS.items():
-        make, signature = launch.TEXTS[type(plan.config)]
-        cubin = compile_kernel(make(plan.config), signature, "sm_90a", threads=plan.config.threads)
-        used = cubin.resources()
+        used = launch.compiled(plan.config, "sm_90a").resources()
         assert used["spill_stores"] == used["stack"] == 0
         print(f"{name:48} {plan.config.name:18} {used['registers']} registers at launch, {plan.config.threads} threads")
     sys.exit()

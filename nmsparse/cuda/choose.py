@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import NMSparseError
 from . import config_mma
-from .config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
+from .config import SHIPPED, SHIPPED_GEMV, SHIPPED_SAMOYEDS, GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .layout import BLOCK, BLOCK_BYTES, blocks_of
 
@@ -33,6 +33,7 @@ class Device:
     feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
     stream: float = 46e9  # the same, from memory
     reread: float = 10e12  # bytes/s of tokens that many CTAs read at once
+    reread_16: float = 2.2e12  # the same of more than eight tokens, which take twice the registers
     start: float = 2.0e-6  # launch of the kernel for few tokens
     launch: float = 2.5e-6  # launch of a pipelined kernel, until its ring is filled
     exchange: float = 2.2e-6  # of partial sums between CTAs, besides the bytes
@@ -47,21 +48,27 @@ class Device:
 
         ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
         fetch them, and a little more where a cluster fetches its tokens once, since that lets the clock rise.
+        Samoyeds: what the kernel reached with runs of 128 columns.
         ``mma.sp``: what the kernel reached, most with 128 sums a thread, least where it loads single elements.
         """
         if isinstance(config, MmaConfig):
             if not config.vector or config.gather:
                 return MMA_ELEMENTS / 132
             return (MMA_LARGE if config.sums >= 128 else MMA) / 132
-        pairs = 1.03 if config.cluster > 1 else 1.0
-        for tokens, rate in WGMMA:
+        short = 0.8 if config.tile_k == BLOCK else 1.0  # steps of 64 columns, of which Samoyeds waits for each
+        shared = short if config.pairs else 0.86 * (1.03 if config.cluster > 1 else 1.0)
+        rates = SAMOYEDS if config.pairs else WGMMA
+        for tokens, rate in rates:
             if config.tile_t >= tokens:
-                return pairs * 0.86 * rate / 132
-        return pairs * 0.86 * WGMMA[-1][1] / 132 * config.tile_t / WGMMA[-1][0]
+                return shared * rate / 132
+        return shared * rates[-1][1] / 132 * config.tile_t / rates[-1][0]
 
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
+SAMOYEDS = ((128, 1621e12), (96, 1496e12), (64, 1222e12))
+GEMV_SAMOYEDS = 2.4e12  # bytes/s of the kernel for few tokens, which keeps three sums for each product
+EPILOGUE = 1.9e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 
@@ -79,6 +86,12 @@ class Problem:
     bias: bool = False
     alignment: int = 16  # of the address of X and of the bytes between its rows: 16, 4 or 2
     gather: tuple[int, int] | None = None  # (v, m) of V:N:M
+    run: int = 0  # V of Samoyeds 1:2
+
+    @property
+    def packed_rows(self) -> int:
+        """Rows that are stored."""
+        return -(-self.rows // 2) if self.run else self.rows
 
     @property
     def k_blocks(self) -> int:
@@ -89,7 +102,9 @@ class Problem:
     @property
     def nbytes(self) -> int:
         """Bytes that have to move: packed weights, X and Y once."""
-        return -(-self.rows // BLOCK) * self.k_blocks * BLOCK_BYTES + 2 * self.tokens * (self.columns + self.rows)
+        return -(-self.packed_rows // BLOCK) * self.k_blocks * BLOCK_BYTES + 2 * self.tokens * (
+            self.columns + self.rows
+        )
 
 
 @dataclass(frozen=True)
@@ -139,8 +154,10 @@ def _plan(
     config: GemmConfig | MmaConfig, problem: Problem, device: Device, workers: int, split: int, parts: int
 ) -> Plan:
     tiles, steps = grid(config, problem)
-    path = -(-(tiles - split) // workers) * steps + (-(-steps // parts) if split else 0)
-    weights = config.tile_m // BLOCK * config.weight_bytes
+    whole = -(-(tiles - split) // workers)
+    path = whole * steps + (-(-steps // parts) if split else 0)
+    pairs = getattr(config, "pairs", False)
+    weights = config.tile_m // (2 * BLOCK if pairs else BLOCK) * config.weight_bytes
     flops = 2 * config.tile_m * config.tile_t * config.tile_k
     # One pass over the weights comes from memory; tokens that do not exist are written as zeros all the same.
     padding = 2 * max(config.tile_t - problem.tokens, 0) * config.tile_k
@@ -149,17 +166,20 @@ def _plan(
     partial = 4 * config.tile_m * config.tile_t
     exchange = device.exchange + partial / device.feed * parts if split else 0.0
     busy, moving = path * step, problem.nbytes / device.memory
+    if pairs:
+        busy += (whole + bool(split)) * EPILOGUE * config.tile_t / 128
     seconds = device.launch + max(busy, moving) + 0.05 * min(busy, moving) + exchange
     return Plan(config, workers, split, parts, seconds)
 
 
 def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     """Every 16 rows read all tokens again, from L2; what has no place on the SMs at once comes in a second wave."""
-    blocks = -(-problem.rows // 16)
-    again = 2 * blocks * problem.tokens * problem.columns / device.reread
+    blocks = -(-problem.packed_rows // 16)
+    memory = min(device.memory, GEMV_SAMOYEDS) if config.pairs else device.memory
+    again = 2 * blocks * problem.tokens * problem.columns / (device.reread if config.tile_t == 8 else device.reread_16)
     resident = device.sms * (3 if config.batch <= 2 else 2)
-    late = 0.25 * problem.nbytes / device.memory if resident < blocks < 2 * resident else 0.0
-    return Plan(config, blocks, 0, 1, device.start + problem.nbytes / device.memory + again + late)
+    late = 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
+    return Plan(config, blocks, 0, 1, device.start + problem.nbytes / memory + again + late)
 
 
 def plans(problem: Problem, device: Device) -> Iterator[Plan]:
@@ -168,17 +188,18 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
     kind = {"dtype": problem.dtype, "bias": problem.bias}
     vector = problem.alignment >= 16 and not problem.gather
     if device.hopper and vector:
-        for config in SHIPPED:
-            yield from candidates(replace(config, **kind), problem, device)
+        for config in SHIPPED_SAMOYEDS if problem.run else SHIPPED:
+            if problem.run % config.tile_k == 0:
+                yield from candidates(replace(config, **kind), problem, device)
     else:
-        for config in config_mma.SHIPPED:
+        for config in config_mma.SHIPPED_SAMOYEDS if problem.run else config_mma.SHIPPED:
             config = replace(config, **kind, vector=vector, gather=problem.gather)
-            if not config.problems(device.arch):
+            if not config.problems(device.arch) and problem.run % config.tile_k == 0:
                 yield from candidates(config, problem, device)
     if problem.alignment >= 4 and not problem.gather:
         for config in SHIPPED_GEMV:
-            if problem.tokens <= config.tile_t:
-                yield gemv_plan(replace(config, **kind), problem, device)
+            if problem.tokens <= config.tile_t and (config.tile_t == 8 or not problem.run):
+                yield gemv_plan(replace(config, **kind, pairs=bool(problem.run)), problem, device)
 
 
 @functools.lru_cache(maxsize=4096)

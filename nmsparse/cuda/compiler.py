@@ -47,13 +47,14 @@ class Cubin:
         return {name: int(match[1]) if match else 0 for name, match in found.items()}
 
 
-def compile_kernel(kernel: Callable[..., None], signature: str, arch: str, *, threads: int) -> Cubin:
+def compile_kernel(kernel: Callable[..., None], signature: str, arch: str, *, threads: int, ctas: int = 1) -> Cubin:
     """Machine code of ``kernel`` for ``arch`` ("sm_80", "sm_90a", …).
 
     ``signature`` has a letter for each argument: ``p`` an address (uint64), ``i`` an int32, ``m`` a tensor map of 128
-    bytes that is passed by value and whose address the kernel gets.
+    bytes that is passed by value and whose address the kernel gets. Registers leave room for ``ctas`` blocks of
+    ``threads`` on an SM.
     """
-    ptx, entry = to_ptx(kernel, signature, arch, threads)
+    ptx, entry = to_ptx(kernel, signature, arch, threads, ctas)
     for number, letter in enumerate(signature):
         if letter == "m":
             ptx = _by_value(ptx, entry, number)
@@ -61,7 +62,7 @@ def compile_kernel(kernel: Callable[..., None], signature: str, arch: str, *, th
     return Cubin(code, entry, log)
 
 
-def to_ptx(kernel: Callable[..., None], signature: str, arch: str, threads: int) -> tuple[str, str]:
+def to_ptx(kernel: Callable[..., None], signature: str, arch: str, threads: int, ctas: int = 1) -> tuple[str, str]:
     """PTX text and the name of its entry."""
     from numba import cuda
     from numba.cuda import types
@@ -76,7 +77,7 @@ def to_ptx(kernel: Callable[..., None], signature: str, arch: str, threads: int)
             cc=(*capability, suffix) if suffix else capability,
             device=False,
             abi="numba",
-            launch_bounds=(threads, 1),
+            launch_bounds=(threads, ctas),
         )
     ptx = re.sub(r"^\.common \.global .*_ZN08NumbaEnv.*\n", "", ptx, flags=re.M)  # Numba's own bookkeeping
     mangled = re.search(r"\.entry (\w+)\(", ptx)[1]  # type: ignore[index]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from .layout import BLOCK, BLOCK_BYTES
 
-__all__ = ["SHIPPED", "SHIPPED_GEMV", "GemmConfig", "GemvConfig"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["SHIPPED", "SHIPPED_GEMV", "SHIPPED_SAMOYEDS", "GemmConfig", "GemvConfig"]
 
 SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90; the ring starts at a multiple of 1024
 
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Shape of the ``wgmma.sp`` kernel: a tile of ``64·warpgroups·blocks`` rows by ``tile_t`` tokens, ``tile_k`` of k a
-    step.
+    """Shape of the ``wgmma.sp`` kernel: a tile of ``64·warpgroups·blocks`` packed rows by ``tile_t`` tokens, ``tile_k``
+    of k a step. A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows.
     """
 
     warpgroups: int = 2  # consumers
@@ -27,20 +31,50 @@ class GemmConfig:
     bias: bool = False
     group: int = 8  # row tiles that go through the tokens together
     weights_hint: str | None = None  # L2 policy of the weights
+    pairs: bool = False  # Samoyeds 1:2
+    ordered: bool = False  # the consumers multiply by turns
 
     @property
     def name(self) -> str:
         """Kernel and tile."""
-        return f"gemm {self.tile_m}x{self.tile_t}x{self.tile_k}"
+        return f"gemm{' samoyeds' * self.pairs} {self.tile_m}x{self.tile_t}x{self.tile_k}"
+
+    @property
+    def signature(self) -> str:
+        """Letters of the arguments: weights, picks of Samoyeds, map of X, Y, bias, partial sums, flags; rows, tokens,
+        pitch of Y, blocks along K, split tiles, their parts; of Samoyeds the steps of a run and the number of runs.
+        """
+        return "ppmppppiiiiiiii" if self.pairs else "pmppppiiiiii"
+
+    @property
+    def height(self) -> int:
+        """Output rows of a packed block."""
+        return BLOCK * 2 if self.pairs else BLOCK
 
     @property
     def tile_m(self) -> int:
-        return BLOCK * self.warpgroups * self.blocks
+        """Output rows of a tile."""
+        return self.height * self.warpgroups * self.blocks
+
+    @property
+    def run_sums(self) -> int:
+        """Accumulators of a thread that ``wgmma`` adds to; of Samoyeds, those of one run of V columns."""
+        return self.blocks * self.tile_t // 2
 
     @property
     def sums(self) -> int:
-        """Accumulators of a thread."""
-        return self.blocks * self.tile_t // 2
+        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
+        return self.run_sums * (3 if self.pairs else 1)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Which accumulators, from and up to, hold outputs at the end of a tile."""
+        return self.run_sums if self.pairs else 0, self.sums
+
+    @property
+    def fillers(self) -> int:
+        """Arrivals that fill a slot, besides its bytes."""
+        return 1
 
     @property
     def threads(self) -> int:
@@ -49,7 +83,8 @@ class GemmConfig:
     @property
     def partial_slots(self) -> tuple[int, int]:
         """Partial sums that a CTA may leave: how many sets, each with a flag, and the floats of one."""
-        return self.warpgroups, self.sums * 128
+        first, last = self.kept
+        return self.warpgroups, (last - first) * 128
 
     @property
     def token_bytes(self) -> int:
@@ -68,13 +103,18 @@ class GemmConfig:
 
     @property
     def chunk(self) -> int:
-        """Tokens that the epilogue turns at a time."""
+        """Tokens that the epilogue of 2:4 turns at a time."""
         return next(size for size in (32, 16, 8) if self.tile_t % size == 0)
 
     @property
+    def staged_token_bytes(self) -> int:
+        """A token's outputs of a warpgroup in a staged tile, and 16 bytes that spread tokens over the banks."""
+        return self.height * 2 + 16
+
+    @property
     def staging_bytes(self) -> int:
-        """What one warpgroup needs for the epilogue."""
-        return self.chunk * BLOCK * 2
+        """What one warpgroup needs for the epilogue: Samoyeds stages a tile, 2:4 a chunk of it."""
+        return self.tile_t * self.staged_token_bytes if self.pairs else self.chunk * BLOCK * 2
 
     @property
     def staging_offset(self) -> int:
@@ -102,6 +142,11 @@ class GemmConfig:
         """At launch every thread has its share of 65536, in eights; ``setmaxnreg`` moves some to the consumers."""
         return 240 if self.warpgroups == 1 else 252 - self.producer_registers // 2
 
+    def deepest(self, most: int = 12) -> Self:
+        """This config with as many slots as fit, up to ``most``."""
+        room = SHARED_MEMORY - self.warpgroups * self.staging_bytes
+        return replace(self, stages=min(most, room // (self.slot_bytes + 16)))
+
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
         found = []
@@ -113,6 +158,8 @@ class GemmConfig:
             found.append(f"warpgroups={self.warpgroups}: one or two consumers; three leave each too few registers")
         if self.blocks not in (1, 2):
             found.append(f"blocks={self.blocks}: a consumer has registers for 64 or 128 rows")
+        if self.pairs and self.blocks != 1:
+            found.append(f"pairs, blocks={self.blocks}: a consumer of Samoyeds has 64 sub-rows")
         if self.tile_t != 8 and (self.tile_t % 16 or not 16 <= self.tile_t <= 256):
             found.append(f"tile_t={self.tile_t}: wgmma takes up to 256 columns, the epilogue 8 or multiples of 16")
         if self.tile_k not in (64, 128):
@@ -123,25 +170,47 @@ class GemmConfig:
             found.append(f"stages={self.stages}: one slot fills while another is read")
         if self.shared_bytes > SHARED_MEMORY:
             found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
-        if self.sums + (56 if self.blocks == 1 else 80) > self.consumer_registers:
+        room = 40 if self.pairs else 56 if self.blocks == 1 else 80
+        if self.sums + room > self.consumer_registers:
             found.append(f"registers: {self.sums} sums a thread leave no room in {self.consumer_registers}")
         return found
 
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """Shape of the kernel for a handful of tokens: 16 rows by ``tile_t`` tokens for ``warps`` warps that share k."""
+    """Shape of the kernel for a handful of tokens: 16 packed rows by ``tile_t`` tokens for ``warps`` that share k.
+
+    A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows.
+    """
 
     tile_t: int = 8
     warps: int = 8
     batch: int = 4  # blocks of k that a warp has under way
     dtype: str = "f16"
     bias: bool = False
+    pairs: bool = False  # Samoyeds 1:2
+
+    @property
+    def signature(self) -> str:
+        """Letters of the arguments: weights, picks of Samoyeds, X, Y, bias; rows, tokens, columns, pitches of X and Y,
+        blocks along K; of Samoyeds the blocks of a run and the number of runs.
+        """
+        return "pppppiiiiiiii"
 
     @property
     def name(self) -> str:
         """Kernel and tile."""
-        return f"gemv 16x{self.tile_t}, {self.warps} warps x {self.batch}"
+        return f"gemv{' samoyeds' * self.pairs} {self.outputs}x{self.tile_t}, {self.warps} warps x {self.batch}"
+
+    @property
+    def sets(self) -> int:
+        """Output rows of a packed row, each with its sums."""
+        return 2 if self.pairs else 1
+
+    @property
+    def outputs(self) -> int:
+        """Outputs of a CTA for a token."""
+        return 16 * self.sets
 
     @property
     def threads(self) -> int:
@@ -150,7 +219,13 @@ class GemvConfig:
     @property
     def shared_bytes(self) -> int:
         """Sums of all warps."""
-        return 64 * self.warps * self.tile_t
+        return 64 * self.sets * self.warps * self.tile_t
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share an SM: registers hold 24 warps with two blocks of eight tokens under way, 16 with four."""
+        warps = {1: 24, 2: 24, 4: 16}.get(self.batch * self.tile_t // 8, 8)
+        return max(1, warps // self.warps)
 
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
@@ -188,5 +263,24 @@ SHIPPED = (
     ),
 )
 
-# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM.
-SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2))
+# Samoyeds: a third of the sums for a run, so 128 tokens at most. Steps of 128 columns where runs are as long: each ends
+# with a wait. A deep ring for few tokens, one consumer where two would leave SMs without a tile.
+SHIPPED_SAMOYEDS = tuple(
+    GemmConfig(
+        pairs=True,
+        ordered=True,
+        warpgroups=warpgroups,
+        tile_t=tile_t,
+        tile_k=tile_k,
+        group=8 if tile_t > 64 else 16,
+        weights_hint="evict_first" if tile_t <= 64 else None,
+    ).deepest()
+    for tile_k in (128, 64)
+    for warpgroups in (2, 1)
+    for tile_t in (128, 96, 64, 32, 16, 8)
+    if warpgroups == 2 or tile_t <= 64
+)
+
+# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM. Sixteen tokens pay
+# for small matrices, where the pipeline of the other kernel would not fill.
+SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2), GemvConfig(tile_t=16, warps=16, batch=2))

@@ -14,7 +14,7 @@ from .layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 __all__ = [
     "SHARED_MEMORY",
     "SHIPPED",
-    "SIGNATURE",
+    "SHIPPED_SAMOYEDS",
     "MmaConfig",
     "metadata_place",
     "metadata_word",
@@ -23,17 +23,16 @@ __all__ = [
     "weights_place",
 ]
 
-# weights, tokens, indices, output, bias, partial sums, flags;
-# rows, tokens, columns, blocks along k, pitches of tokens and output in elements, split tiles and their parts
-SIGNATURE = "pppppppiiiiiiii"
-
 # Bytes a block may ask for. Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
 SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 232448, "sm_120": 101376}
 
 
 @dataclass(frozen=True)
 class MmaConfig:
-    """A tile of ``tile_m`` rows by ``tile_t`` tokens for ``warps_m · warps_t`` warps, ``tile_k`` of k a step."""
+    """A tile of ``tile_m`` rows by ``tile_t`` tokens for ``warps_m · warps_t`` warps, ``tile_k`` of k a step.
+
+    A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows; ``tile_k`` divides its runs.
+    """
 
     tile_m: int = 128
     tile_t: int = 128
@@ -46,16 +45,36 @@ class MmaConfig:
     vector: bool = True  # the address and the pitch of the tokens are multiples of 16 bytes
     gather: tuple[int, int] | None = None  # (v, m): each v rows of W keep 4 of every m columns
     group: int = 8  # row tiles that go through the tokens together
+    pairs: bool = False  # Samoyeds 1:2
+
+    @property
+    def signature(self) -> str:
+        """Letters of the arguments: weights, tokens, indices of V:N:M or Samoyeds, output, bias, partial sums, flags;
+        rows, tokens, columns, blocks along k, pitches of tokens and output in elements, split tiles and their parts; of
+        Samoyeds the steps of a run and the number of runs.
+        """
+        return "pppppppiiiiiiiiii"
 
     @property
     def name(self) -> str:
         """Kernel and tile."""
-        return f"mma {self.tile_m}x{self.tile_t}x{self.tile_k}"
+        return f"mma{' samoyeds' * self.pairs} {self.tile_m}x{self.tile_t}x{self.tile_k}"
+
+    @property
+    def height(self) -> int:
+        """Output rows of a packed block."""
+        return BLOCK * 2 if self.pairs else BLOCK
+
+    @property
+    def tile_rows(self) -> int:
+        """Packed rows of a tile."""
+        return self.tile_m * BLOCK // self.height
 
     @property
     def partial_slots(self) -> tuple[int, int]:
         """Partial sums that a CTA may leave: how many sets, each with a flag, and the floats of one."""
-        return 1, self.sums * self.threads
+        first, last = self.kept
+        return 1, (last - first) * self.threads
 
     @property
     def warps(self) -> int:
@@ -68,12 +87,22 @@ class MmaConfig:
     @property
     def atoms(self) -> tuple[int, int]:
         """Instructions that cover the tile of a warp: of 16 rows, of 8 tokens."""
-        return self.tile_m // (16 * self.warps_m), self.tile_t // (8 * self.warps_t)
+        return self.tile_rows // (16 * self.warps_m), self.tile_t // (8 * self.warps_t)
+
+    @property
+    def run_sums(self) -> int:
+        """Accumulators of a thread that ``mma.sp`` adds to; of Samoyeds, those of one run of V columns."""
+        return 4 * self.atoms[0] * self.atoms[1]
 
     @property
     def sums(self) -> int:
-        """Accumulators of a thread."""
-        return 4 * self.atoms[0] * self.atoms[1]
+        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
+        return self.run_sums * (3 if self.pairs else 1)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Which accumulators, from and up to, hold outputs at the end of a tile."""
+        return self.run_sums if self.pairs else 0, self.sums
 
     @property
     def token_bytes(self) -> int:
@@ -87,7 +116,7 @@ class MmaConfig:
 
     @property
     def slot_bytes(self) -> int:
-        return self.token_bytes + self.tile_m // BLOCK * self.weight_bytes
+        return self.token_bytes + self.tile_rows // BLOCK * self.weight_bytes
 
     @property
     def staged_bytes(self) -> int:
@@ -114,13 +143,15 @@ class MmaConfig:
             found.append(f"tile_k={self.tile_k}, {self.threads} threads: each pass loads whole groups of 8 tokens")
         if self.stages < 2:
             found.append(f"stages={self.stages}: one slot fills while another is read")
-        if self.warps > 32 or self.tile_m % BLOCK or self.warps % max(self.tile_m // BLOCK, 1):
-            found.append(f"tile_m={self.tile_m}, {self.warps} warps: whole warps load each block of 64 rows")
-        if self.tile_m % (16 * self.warps_m) or self.atoms[0] not in (1, 2, 4, 8):
-            found.append(f"tile_m={self.tile_m}, warps_m={self.warps_m}: a warp has 16, 32, 64 or 128 rows")
+        if self.warps > 32 or self.tile_m % self.height or self.warps % max(self.tile_rows // BLOCK, 1):
+            found.append(
+                f"tile_m={self.tile_m}, {self.warps} warps: whole warps load each block of {self.height} output rows"
+            )
+        if self.tile_rows % (16 * self.warps_m) or self.atoms[0] not in (1, 2, 4, 8):
+            found.append(f"tile_m={self.tile_m}, warps_m={self.warps_m}: a warp has 16, 32, 64 or 128 packed rows")
         if self.tile_t % (8 * self.warps_t) or not self.tile_t:
             found.append(f"tile_t={self.tile_t}, warps_t={self.warps_t}: a warp has whole groups of 8 tokens")
-        room = 128 if self.vector and not self.gather else 64
+        room = 64 if self.gather else 144 if self.pairs else 128 if self.vector else 64
         if self.sums > room:
             found.append(f"registers: {self.sums} sums a thread; operands and loads leave room for {room}")
         if self.gather and (self.gather[0] % BLOCK or self.gather[0] % self.tile_m):
@@ -128,6 +159,8 @@ class MmaConfig:
                 f"gather={self.gather}: v has to be a multiple of 64 and of tile_m={self.tile_m}, "
                 "so that a tile shares its columns"
             )
+        if self.gather and self.pairs:
+            found.append("gather, pairs: a weight is V:N:M or Samoyeds")
         if self.gather and not 4 <= self.gather[1] <= 256:
             found.append(f"gather={self.gather}: m is 4 to 256, an index one byte")
         if self.shared_bytes > SHARED_MEMORY[arch]:
@@ -144,6 +177,17 @@ SHIPPED = (
     MmaConfig(tile_m=128, tile_t=128, tile_k=64, warps_m=2, warps_t=4, stages=3),
     MmaConfig(tile_m=128, tile_t=128, tile_k=64, warps_m=2, warps_t=2, stages=3),
     MmaConfig(tile_m=256, tile_t=128, tile_k=64, warps_m=4, warps_t=2, stages=4),
+)
+
+# Samoyeds: three sums for each of a run, so 96 tokens at most. Steps of 64 columns for runs as short.
+SHIPPED_SAMOYEDS = (
+    *(
+        MmaConfig(tile_m=128, tile_t=tile_t, tile_k=tile_k, warps_m=4, warps_t=1, stages=stages, pairs=True)
+        for tile_t, tile_k, stages in ((8, 128, 8), (16, 128, 7), (32, 128, 5), (8, 64, 16), (16, 64, 14), (32, 64, 11))
+    ),
+    MmaConfig(tile_m=256, tile_t=64, tile_k=64, warps_m=4, warps_t=2, stages=5, pairs=True),
+    MmaConfig(tile_m=128, tile_t=96, tile_k=64, warps_m=2, warps_t=2, stages=3, pairs=True),
+    MmaConfig(tile_m=256, tile_t=96, tile_k=64, warps_m=4, warps_t=2, stages=4, pairs=True),
 )
 
 

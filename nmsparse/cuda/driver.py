@@ -11,7 +11,7 @@ import functools
 import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -178,31 +178,32 @@ class Kernel:
             raise CudaError(f"launch of {self._what}, {grid} blocks: {self._call.message(code)}")
 
 
-def tensor_map(address: int, shape: tuple[int, int], pitch: int, box: tuple[int, int], dtype: str) -> bytes:
-    """The 128 bytes that describe a row-major 2-D array of 16-bit elements to the copy engine, 128-byte swizzle.
+def tensor_map(address: int, shape: Sequence[int], pitches: Sequence[int], box: Sequence[int], dtype: str) -> bytes:
+    """The 128 bytes that describe an array of 16-bit elements to the copy engine, 128-byte swizzle.
 
-    ``shape`` rows and columns, ``pitch`` bytes between rows, ``box`` rows and columns of one copy. The address and the
-    pitch have to be multiples of 16. Source: CUDA driver API, cuTensorMapEncodeTiled.
+    ``shape`` and ``box``, the part that one copy brings, slowest axis first; ``pitches`` are the bytes from one index
+    to the next of all axes but the last, which is contiguous. The address and the pitches have to be multiples of 16.
+    Source: CUDA driver API, cuTensorMapEncodeTiled.
     """
     data = ctypes.create_string_buffer(128 + 64)
     place = (ctypes.addressof(data) + 63) & ~63
     kind = {"f16": 6, "bf16": 9}[dtype]  # CU_TENSOR_MAP_DATA_TYPE
-    (rows, columns), (box_rows, box_columns) = shape, box
+    axes = len(shape)
     driver()(
         "cuTensorMapEncodeTiled",
         POINTER(place),
         kind,
-        2,
+        axes,
         POINTER(address),
-        (U64 * 2)(columns, rows),
-        (U64 * 1)(pitch),
-        (U32 * 2)(box_columns, box_rows),
-        (U32 * 2)(1, 1),
+        (U64 * axes)(*shape[::-1]),
+        (U64 * (axes - 1))(*pitches[::-1]),
+        (U32 * axes)(*box[::-1]),
+        (U32 * axes)(*[1] * axes),
         0,  # not interleaved
         3,  # CU_TENSOR_MAP_SWIZZLE_128B
         2,  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
         0,  # what lies outside reads as zeros
-        doing=f"tensor map of {rows}x{columns} elements, pitch {pitch} bytes",
+        doing=f"tensor map of {[*shape]} elements, pitches of {[*pitches]} bytes",
     )
     return ctypes.string_at(place, 128)
 

@@ -6,25 +6,24 @@ The hot path passes raw addresses to the driver; Numba is imported only to compi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import UnsupportedDeviceError
-from . import array, cache, config_mma, driver
+from . import array, cache, driver
 from .choose import H200, Device
 from .compiler import Cubin, compile_kernel
 from .config import GemmConfig, GemvConfig
+from .config_grouped import GroupedConfig, GroupedGemvConfig
 from .config_mma import MmaConfig
 
-__all__ = ["arch_of", "compiled", "kernel_of", "model_of", "workspace"]
-
-# Weights, map of X, Y, bias, partial sums, flags; rows, tokens, pitch of Y, blocks along K, split tiles, their parts.
-GEMM_SIGNATURE = "pmppppiiiiii"
-# Weights, X, Y, bias; rows, tokens, columns, pitches of X and Y, blocks along K.
-GEMV_SIGNATURE = "ppppiiiiii"
+__all__ = ["arch_of", "compile_all", "compiled", "kernel_of", "model_of", "workspace"]
 
 
 @functools.cache
@@ -47,10 +46,29 @@ def arch_of(device: int) -> str:
 
 
 def _gemm(config: GemmConfig) -> Callable[..., None]:
+    if config.pairs:
+        from .kernels.samoyeds import make_samoyeds
+        from .tile.gpu import samoyeds
+
+        return make_samoyeds(samoyeds.make(config), config)
     from .kernels.gemm import make_gemm
     from .tile import gpu
 
     return make_gemm(gpu.make(config), config)
+
+
+def _grouped(config: GroupedConfig) -> Callable[..., None]:
+    from .kernels.grouped import make_grouped
+    from .tile.gpu import grouped
+
+    return make_grouped(grouped.make(config), config)
+
+
+def _gemv_grouped(config: GroupedGemvConfig) -> Callable[..., None]:
+    from .kernels.gemv_grouped import make_gemv_grouped
+    from .tile.gpu import gemv_grouped
+
+    return make_gemv_grouped(gemv_grouped.make(config), config)
 
 
 def _gemv(config: GemvConfig) -> Callable[..., None]:
@@ -67,34 +85,53 @@ def _mma(config: MmaConfig) -> Callable[..., None]:
     return make_gemm_mma(warp.make(config), config)
 
 
-# The text of each kind of config, and the letters of its arguments; Numba is imported when a text is made.
-TEXTS = {
-    GemmConfig: (_gemm, GEMM_SIGNATURE),
-    GemvConfig: (_gemv, GEMV_SIGNATURE),
-    MmaConfig: (_mma, config_mma.SIGNATURE),
+# The text of each kind of config; Numba is imported when a text is made.
+TEXTS: dict[type, Callable[[Any], Callable[..., None]]] = {
+    GemmConfig: _gemm,
+    GemvConfig: _gemv,
+    MmaConfig: _mma,
+    GroupedConfig: _grouped,
+    GroupedGemvConfig: _gemv_grouped,
 }
 
 
-def compiled(config: GemmConfig | GemvConfig | MmaConfig, arch: str) -> Cubin:
+def compiled(config: Any, arch: str) -> Cubin:
     """The kernel of ``config`` for ``arch``, from the disk cache if it is there. Needs no GPU."""
-    make, signature = TEXTS[type(config)]
-    build = functools.partial(_build, make, config, signature, arch)
+    build = functools.partial(_build, config, arch)
     return cache.cached(type(config).__name__, config, arch, build)
 
 
-def _build(make: Any, config: Any, signature: str, arch: str) -> Cubin:
-    return compile_kernel(make(config), signature, arch, threads=config.threads)
+def compile_all(configs: Iterable[Any], arch: str, processes: int | None = None) -> None:
+    """Put the kernels of ``configs`` into the disk cache, by as many processes as there are cores; no GPU is needed."""
+    wanted = list(dict.fromkeys(configs))
+    workers = min(processes or os.cpu_count() or 1, len(wanted))
+    if workers > 1:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(_compile, wanted, [arch] * len(wanted)))
+    elif wanted:
+        compiled(wanted[0], arch)
+
+
+def _compile(config: Any, arch: str) -> None:
+    from . import combine, route  # noqa: F401  (they add their texts)
+
+    compiled(config, arch)
+
+
+def _build(config: Any, arch: str) -> Cubin:
+    text, ctas = TEXTS[type(config)](config), getattr(config, "ctas", 1)
+    return compile_kernel(text, config.signature, arch, threads=config.threads, ctas=ctas)
 
 
 @functools.cache
-def kernel_of(config: GemmConfig | GemvConfig | MmaConfig, device: int) -> driver.Kernel:
+def kernel_of(config: Any, device: int) -> driver.Kernel:
     """The kernel of ``config``, loaded."""
     cubin = compiled(config, model_of(device).arch)
     slack = 1024 if isinstance(config, GemmConfig) else 0  # the ring starts at a multiple of 1024
     return driver.Kernel(
         cubin.code,
         cubin.entry,
-        TEXTS[type(config)][1],
+        config.signature,
         threads=config.threads,
         shared_bytes=config.shared_bytes + slack,
         cluster=getattr(config, "cluster", 1),

@@ -22,6 +22,7 @@ __all__ = [
     "META_BYTES",
     "VALUE_BYTES",
     "blocks_of",
+    "interleaved",
     "meta_offset",
     "pack_blocks",
     "value_offset",
@@ -63,6 +64,18 @@ def meta_offset(row, word):
     warp, half, group = row // 16, row // 8 % 2, row % 8
     step, lane_half = word // 2, word % 2
     return VALUE_BYTES + ((warp * 16 + group * 2 + lane_half) * 2 + step) * 4 + half * 2
+
+
+def interleaved(rows: int) -> np.ndarray:
+    """Which of ``rows`` gate and up rows each packed row holds: eight gate rows, their eight up rows, and so on, so
+    that one thread of a product gets both outputs of a neuron; -1 where there is none.
+
+    >>> interleaved(4)[[0, 1, 2, 8, 9, 10]].tolist()
+    [0, 1, -1, 2, 3, -1]
+    """
+    row, half = np.arange(-(-rows // 16) * 16), rows // 2
+    neuron = row // 16 * 8 + row % 8
+    return np.where(neuron < half, neuron + row // 8 % 2 * half, -1)
 
 
 def pack_blocks(values: np.ndarray, meta: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from .choose import Plan, Problem, choose
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .layout import BLOCK
-from .pack import DTYPES, packed
+from .pack import DTYPES, as_24, packed
 
 __all__ = ["Operand", "matmul", "operand"]
 
@@ -28,11 +28,12 @@ class Operand:
     """A weight in the layout of the kernels, with the launches that were prepared for it."""
 
     def __init__(self, weight: SparseArray):
-        values = weight.values
-        gathers = weight.format == "vnm"
-        if weight.ndim != 2 or not (gathers or (weight.format == "nm" and is_24(weight.pattern))):
+        values, pattern = weight.values, weight.pattern
+        gathers, self.run = weight.format == "vnm", runs_of(weight)
+        if weight.ndim != 2 or not (gathers or self.run or (weight.format == "nm" and is_24(pattern))):
             raise UnsupportedDeviceError(
-                f"matmul on a GPU: expected one 2:4 or V:N:M matrix, got {weight!r}; multiply with its todense()"
+                f"matmul on a GPU: expected one 2:4, V:N:M or Samoyeds 1:2 matrix, got {weight!r}; multiply with its "
+                "todense()"
             )
         if values.dtype.name not in DTYPES:
             raise NMSparseError(
@@ -40,10 +41,14 @@ class Operand:
             )
         self.rows, self.columns = weight.shape
         self.device, self.dtype, self.kind = values.device, values.dtype, DTYPES[values.dtype.name]
-        self.gather = (weight.pattern.v, weight.pattern.m) if gathers else None
+        self.gather = (pattern.v, pattern.m) if gathers else None
         self.indices = weight.indices
         self.blocks = packed(weight)
         self.launches: dict[tuple[int, bool, int], Launch] = {}
+
+    def runs(self, columns: int) -> tuple[int, int]:
+        """Of Samoyeds, the steps of ``columns`` columns in a run and the number of runs; 1 and 1 of others."""
+        return (max(1, self.run // columns), self.indices.shape[-1]) if self.run else (1, 1)
 
 
 class Launch:
@@ -69,13 +74,24 @@ class Launch:
         raise NotImplementedError
 
 
+def runs_of(weight: SparseArray) -> int:
+    """V of a Samoyeds weight that the kernels multiply as it is, else 0."""
+    pattern = weight.pattern
+    if weight.format == "samoyeds" and (pattern.n, pattern.m) == (1, 2) and pattern.v % BLOCK == 0:
+        return pattern.v
+    return 0
+
+
 class GemmLaunch(Launch):
     """The ``wgmma.sp`` kernel; its tokens come through a tensor map, remembered for each address."""
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         super().__init__(weight, plan, tokens)
         self.box = plan.config.tile_t // plan.config.cluster, BLOCK
-        self.tail = weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces
+        self.head, self.tail = (weight.blocks.pointer,), (weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces)
+        if weight.run:
+            self.head += (weight.indices.pointer,)
+            self.tail += weight.runs(plan.config.tile_k)
         self.maps: dict[tuple[int, int], bytes] = {}
 
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
@@ -85,28 +101,38 @@ class GemmLaunch(Launch):
             if len(self.maps) >= MAPS:
                 self.maps.clear()
             shape = self.tokens, weight.columns
-            tensor_map = self.maps[place] = driver.tensor_map(x, shape, 2 * pitch, self.box, weight.kind)
+            tensor_map = self.maps[place] = driver.tensor_map(x, shape, (2 * pitch,), self.box, weight.kind)
         partial, flags = self.partials(stream)
-        self.kernel(self.grid, stream, weight.blocks.pointer, tensor_map, y, bias, partial, flags, *self.tail)
+        self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, partial, flags, *self.tail)
 
 
 class MmaLaunch(Launch):
     """The ``mma.sp`` kernel, of any address and pitch, and of V:N:M."""
 
+    def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        super().__init__(weight, plan, tokens)
+        self.index = 0 if weight.indices is None else weight.indices.pointer
+        self.tail = *self.pieces, *weight.runs(plan.config.tile_k)
+
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight = self.weight
-        addresses = weight.blocks.pointer, x, weight.indices.pointer if weight.gather else 0, y, bias
+        addresses = weight.blocks.pointer, x, self.index, y, bias
         sizes = weight.rows, self.tokens, weight.columns, self.k_blocks, pitch, weight.rows
-        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.pieces)
+        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.tail)
 
 
 class GemvLaunch(Launch):
     """The kernel for a handful of tokens."""
 
+    def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        super().__init__(weight, plan, tokens)
+        self.head = weight.blocks.pointer, weight.indices.pointer if weight.run else 0
+        self.runs = weight.runs(BLOCK)
+
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight = self.weight
         sizes = weight.rows, self.tokens, weight.columns, pitch, weight.rows, self.k_blocks
-        self.kernel(self.grid, stream, weight.blocks.pointer, x, y, bias, *sizes)
+        self.kernel(self.grid, stream, *self.head, x, y, bias, *sizes, *self.runs)
 
 
 LAUNCHES = {GemmConfig: GemmLaunch, GemvConfig: GemvLaunch, MmaConfig: MmaLaunch}
@@ -117,12 +143,16 @@ def operand(weight: SparseArray) -> Operand:
     try:
         return weight._cuda_operand
     except AttributeError:
-        weight._cuda_operand = Operand(weight)
+        if weight.format == "samoyeds" and not runs_of(weight):
+            weight._cuda_operand = operand(as_24(weight))
+        else:
+            weight._cuda_operand = Operand(weight)
         return weight._cuda_operand
 
 
 def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, config: Plan | None = None) -> Any:
-    """``x`` ``(…, K)`` times the transpose of a 2:4 or V:N:M ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``: ``(…, M)``.
+    """``x`` ``(…, K)`` times the transpose of a 2:4, V:N:M or Samoyeds ``weight`` ``(M, K)``, plus ``bias`` ``(M,)``:
+    ``(…, M)``.
 
     ``x`` is an array on the weight's GPU, of torch, cupy or anything with DLPack, float16 or bfloat16 as the weight,
     its last axis contiguous; rows may be any distance apart, multiples of 16 bytes are fastest, and leading axes that
@@ -169,7 +199,7 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
 
 
 def _choose(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:
-    problem = Problem(weight.rows, tokens, weight.columns, weight.kind, bias, alignment, weight.gather)
+    problem = Problem(weight.rows, tokens, weight.columns, weight.kind, bias, alignment, weight.gather, weight.run)
     plan = choose(problem, launch.model_of(weight.device))
     return LAUNCHES[type(plan.config)](weight, plan, tokens)
 

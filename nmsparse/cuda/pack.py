@@ -24,9 +24,9 @@ from .compiler import Cubin, compile_kernel
 from .driver import Kernel
 from .kernels import pack as kernels
 from .launch import arch_of
-from .layout import BLOCK_BYTES, blocks_of
+from .layout import BLOCK_BYTES, blocks_of, interleaved
 
-__all__ = ["PackConfig", "array", "build", "decode", "pack_blocks", "packed", "prune", "prunes", "todense"]
+__all__ = ["PackConfig", "array", "as_24", "build", "decode", "pack_blocks", "packed", "prune", "prunes", "todense"]
 
 # The kernels and their arguments: addresses and int32.
 MAKERS = MappingProxyType({"pack": kernels.make_pack, "prune": kernels.make_prune, "decode": kernels.make_decode})
@@ -37,30 +37,33 @@ THREADS_A_BLOCK = 128  # of the packed layout, not of the launch
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What a pass does. ``aligned``: rows of the dense weight start at multiples of 16 bytes."""
+    """What a pass does. ``aligned``: rows of the dense weight start at multiples of 16 bytes. ``interleave``: gate and
+    up rows are packed side by side."""
 
     dtype: str = "f16"
     aligned: bool = True
     canonical: bool = True
     blocks: bool = False
+    interleave: bool = False
     threads: int = 256
 
 
 # --- on device arrays ------------------------------------------------------------------------------------------------
 
 
-def pack_blocks(values: DeviceArray, meta: DeviceArray, stream: int = 0) -> DeviceArray:
+def pack_blocks(values: DeviceArray, meta: DeviceArray, stream: int = 0, *, interleave: bool = False) -> DeviceArray:
     """Canonical 2:4 buffers ``values (…, R, C)`` of 16 bits and ``meta (…, R, C/8)`` as packed blocks, uint8
     ``(…, ⌈R/64⌉, blocks along K, BLOCK_BYTES)``: :func:`nmsparse.cuda.layout.pack_blocks` of each matrix.
+    ``interleave``: of each matrix with its rows in the order of :func:`nmsparse.cuda.layout.interleaved`.
 
     Runs on ``stream``; does not wait.
     """
     _check_buffers(values, meta)
     *lead, rows, stored = values.shape
-    down, along = blocks_of(rows, 2 * stored)
+    down, along = blocks_of(len(interleaved(rows)) if interleave else rows, 2 * stored)
     packed = empty((*lead, down, along, BLOCK_BYTES), np.uint8, values.device)
     sizes = rows, stored // 8, down, along
-    _launch("pack", PackConfig(_letters(values.dtype)), (values, meta, packed), sizes, stream)
+    _launch("pack", PackConfig(_letters(values.dtype), interleave=interleave), (values, meta, packed), sizes, stream)
     return packed
 
 
@@ -168,6 +171,15 @@ def packed(A: SparseArray, stream: int = 0) -> DeviceArray:
         A._packed = pack_blocks(A.values, A.meta, stream)
         driver.synchronize(stream, A.values.device)
     return A._packed
+
+
+def as_24(A: SparseArray) -> SparseArray:
+    """``A``, which is on a GPU, as 2:4 with explicit zeros; Samoyeds and V:N:M with m a multiple of 4 have room there.
+
+    Raises :class:`~nmsparse.errors.NMSparseError` where ``A`` has more than two non-zeros in four columns.
+    """
+    host = A.to_device("cpu")
+    return CLASSES["nm"].from_dense(host.todense(), 2, 4, strict=True).to_device(A.device)
 
 
 def prunes(pattern: Pattern, dtype: np.dtype) -> bool:

@@ -15,7 +15,7 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 
 from __future__ import annotations
 
-__all__ = ["divide", "piece", "pieces", "place", "whole_tiles"]
+__all__ = ["divide", "piece", "pieces", "place", "run_of", "whole_tiles"]
 
 
 def divide(a, b):
@@ -56,6 +56,16 @@ def piece(index, worker, workers, tiles, split, parts, steps):
     part = divide(worker, split)
     first, last = divide(part * steps, parts), divide((part + 1) * steps, parts)
     return tiles - split + worker - part * split, first, last
+
+
+def run_of(step, run_steps):
+    """The run of ``run_steps`` steps that ``step`` is in, and how many of its steps are left.
+
+    >>> run_of(7, 3)
+    (2, 2)
+    """
+    run = divide(step, run_steps)
+    return run, (run + 1) * run_steps - step
 
 
 def place(tile, row_tiles, token_tiles, group):

@@ -14,8 +14,9 @@ import nmsparse
 from nmsparse.cuda import matmul
 from nmsparse.cuda.array import from_host
 from nmsparse.cuda.choose import H200, Plan, Problem, candidates, gemv_plan
-from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV
+from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, SHIPPED_SAMOYEDS
 from nmsparse.cuda.config_mma import MmaConfig
+from nmsparse.moe import SparseExperts
 
 ROWS, COLUMNS = 200, 392
 
@@ -51,6 +52,42 @@ def main() -> None:
     y = (from_host(x) @ thin.T).numpy()
     assert np.abs(y - x.astype(np.float64) @ thin.to_device("cpu").todense().astype(np.float64).T).max() < 0.1
     print("V:N:M agrees")
+    samoyeds(rng)
+    experts(rng)
+
+
+def samoyeds(rng: np.random.Generator) -> None:
+    """Both ring depths, whole and split tiles."""
+    w = nmsparse.array(rng.standard_normal((300, 640)).astype(np.float16), "samoyeds:1:2:128")
+    weight, bias = w.to_device("cuda"), rng.standard_normal(300).astype(np.float16)
+    for tokens in (5, 140):
+        x = rng.standard_normal((tokens, 640)).astype(np.float16)
+        want = x.astype(np.float64) @ w.todense().astype(np.float64).T + bias
+        for shipped in (SHIPPED_SAMOYEDS[0], SHIPPED_SAMOYEDS[-1]):
+            config = replace(shipped, bias=True)
+            for plan in list(candidates(config, Problem(300, tokens, 640, bias=True, run=128), H200))[:3:2]:
+                y = from_host(np.full((tokens, 300), np.nan, np.float16))
+                matmul.matmul(from_host(x), weight, out=y, bias=from_host(bias), config=plan)
+                error = np.abs(y.numpy() - want).max()
+                print(f"{tokens} tokens, {plan.describe()}: largest error {error:.3f}")
+                assert error < 0.1
+
+
+def experts(rng: np.random.Generator) -> None:
+    """Routing, both grouped kernels, combining."""
+    shapes = (4, 2 * 136, 264), (4, 264, 136)
+    for pattern in ("samoyeds:1:2:128", "2:4"):
+        held = [nmsparse.array(rng.standard_normal(s).astype(np.float16) / 16, pattern) for s in shapes]
+        layer = SparseExperts(*(a.to_device("cuda") for a in held))
+        for tokens in (3, 150):
+            x = rng.standard_normal((tokens, 264)).astype(np.float16)
+            ids = np.argsort(rng.random((tokens, 4)), axis=1)[:, :2].astype(np.int32)
+            weights = rng.random((tokens, 2)).astype(np.float32)
+            y = layer(*(from_host(np.ascontiguousarray(a)) for a in (x, ids, weights))).numpy()
+            want = nmsparse.reference.moe(x, ids, weights, *held)
+            error = np.abs(y - want).max() / np.abs(want).max()
+            print(f"experts {pattern}, {tokens} tokens: largest error {error:.4f}")
+            assert error < 0.02
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +12,8 @@ import pytest
 from gemm_cases import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vocabulary import arguments_of, explained, words_of
 
-from nmsparse.cuda import tile
 from nmsparse.cuda.config import SHIPPED, GemmConfig
 from nmsparse.cuda.kernels import gemm
 from nmsparse.cuda.layout import blocks_of, pack_blocks
@@ -114,29 +112,21 @@ def test_what_the_metadata_does_not_name_is_not_multiplied():
     np.testing.assert_array_equal(d, np.full((64, 8), 16))
 
 
-def words_of(text):
-    """What a kernel text says, ``tile.WORD``."""
-    nodes = ast.walk(ast.parse(text))
-    return {n.attr for n in nodes if isinstance(n, ast.Attribute) and getattr(n.value, "id", "") == "tile"}
-
-
 def test_the_vocabulary_is_what_the_text_says_and_the_page_explains():
     said = words_of(inspect.getsource(gemm))
     assert said == set(vars(cpu.make(CONFIGS[0])))
-    explained = set(re.findall(r"^``(\w+)\(", tile.__doc__, flags=re.M)) | {"PRODUCER"}
-    assert said == explained
+    assert said == {*explained("gemm"), "PRODUCER"}
 
 
 def test_arguments_on_the_page_are_those_of_the_words():
+    page = explained("gemm")
     for word, function in vars(cpu.make(CONFIGS[0])).items():
-        if word == "PRODUCER":
-            continue
-        arguments = [*inspect.signature(function).parameters][1:]
-        shown = re.search(rf"^``{word}\((.*)\)`` : \w+$", tile.__doc__, flags=re.M)
-        assert shown and re.findall(r"\w+", shown[1]) == arguments, word
+        assert word == "PRODUCER" or page[word] == arguments_of(function), word
 
 
 def test_no_gpu_library_is_needed():
-    code = "import sys, nmsparse.cuda.tile.cpu, nmsparse.cuda.kernels.gemm; print({'numba', 'cuda'} & set(sys.modules))"
+    twins = "nmsparse.cuda.tile.cpu.samoyeds, nmsparse.cuda.tile.cpu.grouped"
+    texts = "nmsparse.cuda.kernels.gemm, nmsparse.cuda.kernels.samoyeds, nmsparse.cuda.kernels.grouped"
+    code = f"import sys, {twins}, {texts}; print({{'numba', 'cuda'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"

@@ -67,3 +67,17 @@ def test_values_are_core_matrices():
     np.testing.assert_array_equal(
         layout.value_offset(row, col), 2 * fragments.core_matrix(row, col, leading=64, stride=256)
     )
+
+
+@given(st.integers(1, 100).map(lambda n: 2 * n))
+def test_every_gate_row_has_its_up_row_eight_below(rows):
+    """Packed rows g and g + 8 of each 16 belong to one thread of a product (:func:`fragments.wgmma_sp_d`)."""
+    order = layout.interleaved(rows).reshape(-1, 2, 8)
+    gate, up = order[:, 0].ravel(), order[:, 1].ravel()
+    neurons = rows // 2
+    np.testing.assert_array_equal(gate[:neurons], np.arange(neurons))
+    np.testing.assert_array_equal(up[:neurons], np.arange(neurons) + neurons)
+    assert (gate[neurons:] == -1).all() and (up[neurons:] == -1).all() and len(gate) < neurons + 8
+    row, _ = fragments.wgmma_sp_d(np.arange(128), 0)
+    below, _ = fragments.wgmma_sp_d(np.arange(128), 2)
+    np.testing.assert_array_equal(below, row + 8)

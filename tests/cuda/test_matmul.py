@@ -40,9 +40,9 @@ def torch():
     return module
 
 
-def operands(torch, rows, tokens, columns, dtype):
+def operands(torch, rows, tokens, columns, dtype, pattern="2:4"):
     w = torch.randn(rows, columns, device="cuda", dtype=dtype)
-    weight = nmsparse.array(w, "2:4")
+    weight = nmsparse.array(w, pattern)
     return weight, torch.from_dlpack(weight.todense()), torch.randn(tokens, columns, device="cuda", dtype=dtype)
 
 
@@ -50,12 +50,13 @@ def error(got, want):
     return float((got.double() - want).norm() / want.norm())
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "samoyeds:1:2:64", "samoyeds:1:2:128", "samoyeds:1:2:1024"])
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gpu_product(torch, shape, kind):
+def test_gpu_product(torch, shape, kind, pattern):
     rows, tokens, columns = shape
     dtype = getattr(torch, kind)
-    weight, dense, x = operands(torch, rows, tokens, columns, dtype)
+    weight, dense, x = operands(torch, rows, tokens, columns, dtype, pattern)
     exact = x.double() @ dense.double().t()
     y = torch.full((tokens, rows), math.nan, device="cuda", dtype=dtype)
     assert nmsparse.matmul(x, weight.T, out=y) is y

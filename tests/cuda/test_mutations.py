@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from gemm_cases import Case
+from mutants import Mutant, maker_of, mutated, text_of
 
 from nmsparse.cuda.config import GemmConfig
-from nmsparse.cuda.kernels import gemm
+from nmsparse.cuda.kernels.gemm import make_gemm
 from nmsparse.cuda.tile.cpu import Deadlock, KernelError, barrier, words
 
 # Three workers: five whole tiles, and one that they share. 150 rows: the last tile has one of two blocks.
@@ -18,19 +18,6 @@ CASE = Case(GemmConfig(warpgroups=2, tile_t=16, stages=2), rows=150, tokens=40, 
 CLUSTER = Case(GemmConfig(warpgroups=1, tile_t=16, stages=2, cluster=2), rows=100, tokens=20, k=256, workers=2)
 SEEDS = range(3)
 WRONG = AssertionError, "Not equal to tolerance"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """``old`` is replaced by ``new`` in the kernel text; the twin answers with ``kind`` and words like ``says``."""
-
-    name: str
-    old: str
-    new: str
-    kind: type[Exception]
-    says: str
-    case: Case = CASE
-    last: bool = False  # replace the last place, not the first
 
 
 PIECE = "number, first, last = tile.piece(index, tiles, split, parts, steps)"
@@ -132,15 +119,15 @@ MUTANTS = [
     Mutant("weights beyond the last", "w_gmem, row, step", "w_gmem, row, step + steps", KernelError, "not among the"),
     Mutant(
         "multiplies the previous slot",
-        "wgmma_sp(acc, ring, turn)",
-        "wgmma_sp(acc, ring, max(turn - 1, 0))",
+        "wgmma_sp(acc, ring, turn,",
+        "wgmma_sp(acc, ring, max(turn - 1, 0),",
         KernelError,
         "while the wgmma group of turn 0 reads",
     ),
     Mutant(
         "multiplies the next slot",
-        "wgmma_sp(acc, ring, turn)",
-        "wgmma_sp(acc, ring, turn + 1)",
+        "wgmma_sp(acc, ring, turn,",
+        "wgmma_sp(acc, ring, turn + 1,",
         KernelError,
         "waited until it was full",
     ),
@@ -153,8 +140,9 @@ MUTANTS = [
         KernelError,
         r"touches sums in flight",
     ),
-    Mutant("zero forgotten", "tile.zero(acc)", "pass", AssertionError, "nan"),
-    Mutant("zero for the first piece only", "tile.zero(acc)", "if index == 0: tile.zero(acc)", *WRONG),
+    Mutant("sums that nobody has begun", "turn, step > first)", "turn, True)", AssertionError, "nan"),
+    Mutant("sums of the last piece kept", "turn, step > first)", "turn, index > 0 or step > first)", *WRONG),
+    Mutant("sums begun in each step", "turn, step > first)", "turn, False)", *WRONG),
     Mutant("partial sums not added", "if last < steps", "if False", *WRONG),
     Mutant(
         "partial sums not stored",
@@ -195,7 +183,7 @@ MUTANTS = [
     Mutant(
         "the producer multiplies",
         "tile.wait_empty(ring, turn)",
-        "tile.wgmma_sp(None, ring, turn)",
+        "tile.wgmma_sp(None, ring, turn, False)",
         KernelError,
         "producer of CTA .: wgmma_sp is a word for a consumer",
     ),
@@ -212,39 +200,23 @@ MUTANTS = [
 ]
 
 
-def maker_of(text):
-    """``make_gemm`` of a kernel text."""
-    names = {}
-    exec(compile(text, "mutant", "exec"), names)
-    return names["make_gemm"]
-
-
-def mutated(mutant):
-    text = inspect.getsource(gemm)
-    assert mutant.old in text, f"the kernel text no longer says {mutant.old!r}: update this mutant"
-    if mutant.last:
-        before, after = text.rsplit(mutant.old, 1)
-        return maker_of(before + mutant.new + after)
-    return maker_of(text.replace(mutant.old, mutant.new, 1))
-
-
 @pytest.mark.parametrize("case", [CASE, CLUSTER], ids=["cta", "cluster"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_text_itself_passes(case, seed):
-    replace(case, make_kernel=maker_of(inspect.getsource(gemm))).run(seed)
+    replace(case, make_kernel=maker_of(text_of(make_gemm), "make_gemm")).run(seed)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_a_mistake_is_found(mutant):
-    make_kernel = mutated(mutant)
+    make_kernel = mutated(mutant, make_gemm)
     for seed in SEEDS:
         with pytest.raises(mutant.kind, match=mutant.says):
-            replace(mutant.case, make_kernel=make_kernel).run(seed)
+            replace(mutant.case or CASE, make_kernel=make_kernel).run(seed)
 
 
 def test_a_cta_that_ends_before_its_peer_is_found():
     """Whether it happens is a matter of luck on the GPU, and of the seed here."""
-    make_kernel = maker_of(inspect.getsource(gemm).replace("tile.finish()", "pass"))
+    make_kernel = maker_of(text_of(make_gemm).replace("tile.finish()", "pass"), "make_gemm")
     found = []
     for seed in range(20):
         try:

@@ -89,6 +89,29 @@ def test_pack_is_the_definition(host_device, w):
     assert_same_bits(pack.packed(A.to_device("cuda")), blocks_of(A))
 
 
+def interleaved(A):
+    """The definition: blocks of the rows as :func:`layout.interleaved` orders them, padding where there is none."""
+    order = layout.interleaved(A.values.shape[-2])
+    values, meta = bits(A.values)[..., order, :], A.meta[..., order, :]
+    values[..., order < 0, :], meta[..., order < 0, :] = 0, layout.EMPTY
+    rows, stored = values.shape[-2:]
+    matrices = zip(values.reshape(-1, rows, stored), meta.reshape(-1, rows, stored // 8), strict=True)
+    blocks = np.stack([layout.pack_blocks(*matrix) for matrix in matrices])
+    return blocks.reshape(*A.values.shape[:-2], *blocks.shape[1:])
+
+
+PAIRED = [("2:4", (64, 128)), ("2:4", (3, 2, 20)), ("2:4", (2, 100, 72)), ("samoyeds:1:2:64", (2, 120, 200))]
+
+
+@every_dtype
+@pytest.mark.parametrize(("pattern", "shape"), PAIRED, ids=str)
+def test_gate_and_up_rows_are_packed_side_by_side(host_device, pattern, shape, dtype):
+    A = nmsparse.random(shape, pattern, dtype=dtype, rng=0)
+    B = A.to_device("cuda")
+    assert_same_bits(pack.pack_blocks(B.values, B.meta, interleave=True), interleaved(A))
+    assert_same_bits(pack.pack_blocks(B.values, B.meta), blocks_of(A))
+
+
 @given(w=halves())
 @on_host_device
 def test_decode_is_todense(host_device, w):
@@ -195,7 +218,7 @@ def test_the_twin_finds_planted_mistakes():
 
 OUTPUTS = [(True, False), (True, True), (False, True)]
 CONFIGS = [
-    ("pack", PackConfig()),
+    *(("pack", PackConfig(interleave=interleave)) for interleave in (False, True)),
     *(("prune", PackConfig("f16", aligned, *outputs)) for aligned in (True, False) for outputs in OUTPUTS),
     ("prune", PackConfig("bf16", blocks=True)),
     *(("decode", PackConfig("f16", aligned)) for aligned in (True, False)),
@@ -279,6 +302,14 @@ def test_gpu_every_group_of_four(dtype):
         A, B = NMArray.from_dense(w), nmsparse.array(from_host(w), "2:4")
         assert_same_bits(B.values, A.values)
         assert_same_bits(B.meta, A.meta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("pattern", "shape"), [*PAIRED, ("2:4", (3, 2816, 520))], ids=str)
+def test_gpu_gate_and_up_rows_are_packed_side_by_side(pattern, shape):
+    A = nmsparse.random(shape, pattern, dtype=np.float16, rng=0)
+    B = A.to_device("cuda")
+    assert_same_bits(pack.pack_blocks(B.values, B.meta, interleave=True), interleaved(A))
 
 
 @pytest.mark.gpu

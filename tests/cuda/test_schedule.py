@@ -65,6 +65,17 @@ def test_owners_find_their_peers(launch):
     assert len(stored) == split * (parts - 1)
 
 
+@given(st.integers(0, 500), st.integers(1, 40), st.integers(1, 60))
+def test_a_part_counts_runs_as_the_whole_does(first, run_steps, steps):
+    """A kernel asks once, where its part begins, and counts from there on: each step in its run."""
+    run, left = schedule.run_of(first, run_steps)
+    for step in range(first, first + steps):
+        assert run == step // run_steps and 1 <= left <= run_steps
+        left -= 1
+        if left == 0:
+            run, left = run + 1, run_steps
+
+
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12))
 def test_places_are_all_tiles(row_tiles, token_tiles, group):
     places = {schedule.place(tile, row_tiles, token_tiles, group) for tile in range(row_tiles * token_tiles)}

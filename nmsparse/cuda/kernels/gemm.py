@@ -44,10 +44,9 @@ def make_gemm(tile: Any, cfg: Any) -> Any:
             for index in range(pieces):
                 number, first, last = tile.piece(index, tiles, split, parts, steps)
                 row, token = tile.place(number, row_tiles, token_tiles)
-                tile.zero(acc)
                 for step in range(first, last):
                     tile.wait_full(ring, turn)
-                    tile.wgmma_sp(acc, ring, turn)
+                    tile.wgmma_sp(acc, ring, turn, step > first)
                     if step > first:
                         tile.wait_wgmma_but_one()
                         tile.release(ring, turn - 1)

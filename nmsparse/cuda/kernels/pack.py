@@ -23,19 +23,23 @@ PIECES = BLOCK // 16  # of a row of a block
 def make_pack(tile: Any, cfg: Any) -> Any:
     """Canonical 2:4 buffers, each of ``rows`` rows of ``pieces`` pieces, to packed blocks.
 
-    In NumPy: ``layout.pack_blocks(values[e], meta[e])`` for every expert e.
+    In NumPy: ``layout.pack_blocks(values[e], meta[e])`` for every expert e; of ``cfg.interleave`` buffers, whose first
+    half are gate rows, with the rows in the order of :func:`~nmsparse.cuda.layout.interleaved`.
     """
-    store_block = _store_block(tile)
+    INTERLEAVE, store_block = cfg.interleave, _store_block(tile)
 
     def pack(values_gmem, meta_gmem, blocks_gmem, rows, pieces, row_blocks, k_blocks, blocks):
         block, slab, group, part = tile.place()
         expert, down, along = tile.unravel(block, row_blocks, k_blocks)
-        row, piece = down * BLOCK + slab * 16 + group, along * PIECES + part
-        exists = block < blocks
-        low = exists & (piece < pieces) & (row < rows)
-        high = exists & (piece < pieces) & (row + 8 < rows)
+        piece, exists = along * PIECES + part, block < blocks
+        if INTERLEAVE:  # gate rows and their up rows
+            row, apart, last = (down * 4 + slab) * 8 + group, rows // 2, rows // 2
+        else:
+            row, apart, last = down * BLOCK + slab * 16 + group, 8, rows
+        low = exists & (piece < pieces) & (row < last)
+        high = low & (row + apart < rows)
         first = (expert * rows + row) * pieces + piece
-        second = first + 8 * pieces
+        second = first + apart * pieces
         a, b = tile.load_16(values_gmem, first * 16, low), tile.load_16(values_gmem, second * 16, high)
         p, q = tile.load_2(meta_gmem, first * 2, low, EMPTY), tile.load_2(meta_gmem, second * 2, high, EMPTY)
         store_block(blocks_gmem, block, slab * 16 + group, part, a, b, p, q, exists)

@@ -7,7 +7,20 @@ from __future__ import annotations
 
 from .instruction import Instruction, check, one_of
 
-__all__ = ["bulk_load", "commit", "cp_async", "tensor_load", "tensor_prefetch", "tensor_store", "wait"]
+__all__ = [
+    "arrive_when_done",
+    "bulk_commit",
+    "bulk_load",
+    "bulk_store",
+    "bulk_wait_read",
+    "commit",
+    "copy_row",
+    "cp_async",
+    "tensor_load",
+    "tensor_prefetch",
+    "tensor_store",
+    "wait",
+]
 
 HINTS = (None, "evict_first", "evict_last")
 # createpolicy results with fraction 1, as the hardware encodes them; the same constants that CUDA's libraries print.
@@ -27,7 +40,23 @@ def cp_async(size: int) -> Instruction:
     )
 
 
+# 16 bytes of one of many rows, by one thread; zeros of row 0xFFFFFFFF, which does not exist. Inputs: shared address,
+# global address of row 0, the row's distance from it in units of 16 bytes, bytes to read. The address is made here, in
+# one step, so that compilers do not keep one for each row in two registers.
+copy_row = Instruction(
+    "{ .reg .pred there; .reg .u32 row, size; .reg .u64 from; setp.ne.u32 there, $2, 0xFFFFFFFF; "
+    "selp.u32 row, $2, 0, there; selp.u32 size, $3, 0, there; mad.wide.u32 from, row, 16, $1; "
+    "cp.async.cg.shared.global [$0], [from], 16, size; }",
+    inputs=("u32", "u64", "u32", "u32"),
+    section="cp.async",
+)
 commit = Instruction("cp.async.commit_group;", section="cp.async.commit_group")
+
+
+# Arrives at an mbarrier, as one of the arrivals it was initialised with, when this thread's copies so far have landed.
+arrive_when_done = Instruction(
+    "cp.async.mbarrier.arrive.noinc.shared::cta.b64 [$0];", inputs=("u32",), section="cp.async.mbarrier.arrive"
+)
 
 
 def wait(groups: int) -> Instruction:
@@ -63,8 +92,21 @@ def bulk_load(hint: str | None = None) -> Instruction:
     )
 
 
-def tensor_load(*, multicast: bool = False, hint: str | None = None) -> Instruction:
-    """A 2-D box through a tensor map; what lies outside the tensor arrives as zeros, and counts.
+# Contiguous bytes to global memory, 16-byte aligned, asynchronously. Inputs: global, shared, bytes.
+bulk_store = Instruction(
+    "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
+    inputs=("u64", "u32", "u32"),
+    section="cp.async.bulk",
+    arch=90,
+)
+# Makes one group of the bulk stores that this thread has started.
+bulk_commit = Instruction("cp.async.bulk.commit_group;", section="cp.async.bulk.commit_group", arch=90)
+# Blocks until this thread's bulk stores have read their shared memory.
+bulk_wait_read = Instruction("cp.async.bulk.wait_group.read 0;", section="cp.async.bulk.wait_group", arch=90)
+
+
+def tensor_load(*, axes: int = 2, multicast: bool = False, hint: str | None = None) -> Instruction:
+    """A box through a tensor map; what lies outside the tensor arrives as zeros, and counts.
 
     Inputs: shared address, tensor map, coordinates (fastest first), mbarrier, and with ``multicast`` the bit mask of
     the cluster's CTAs that receive the box and its bytes, each at the same shared offset.
@@ -72,12 +114,14 @@ def tensor_load(*, multicast: bool = False, hint: str | None = None) -> Instruct
     >>> tensor_load(multicast=True).inputs
     ('u32', 'u64', 's32', 's32', 'u32', 'u16')
     """
+    check(1 <= axes <= 5, f"cp.async.bulk.tensor: expected 1 to 5 axes, got {axes}")
     suffix, operand = _hint(hint)
     cast = ".multicast::cluster" if multicast else ""
+    coordinates = ", ".join(f"${2 + axis}" for axis in range(axes))
     return Instruction(
-        f"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes{cast}{suffix} "
-        f"[$0], [$1, {{$2, $3}}], [$4]{', $5' if multicast else ''}{operand};",
-        inputs=("u32", "u64", "s32", "s32", "u32") + (("u16",) if multicast else ()),
+        f"cp.async.bulk.tensor.{axes}d.shared::cluster.global.mbarrier::complete_tx::bytes{cast}{suffix} "
+        f"[$0], [$1, {{{coordinates}}}], [${2 + axes}]{f', ${3 + axes}' if multicast else ''}{operand};",
+        inputs=("u32", "u64", *("s32",) * axes, "u32") + (("u16",) if multicast else ()),
         section="cp.async.bulk.tensor",
         arch=90,
     )

@@ -12,7 +12,7 @@ from ...errors import NMSparseError
 __all__ = ["CONSTRAINTS", "Instruction", "check", "one_of"]
 
 # Register classes of inline assembly, by the type of the operand.
-CONSTRAINTS = {"u16": "h", "u32": "r", "s32": "r", "u64": "l", "f32": "f"}
+CONSTRAINTS = {"u8": "r", "u16": "h", "u32": "r", "s32": "r", "u64": "l", "f32": "f"}
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Instruction:
     ``results`` are the types of the values that it returns, ``in_place`` of the registers that it updates (an
     accumulator), ``inputs`` of the operands it reads; all are keys of :data:`CONSTRAINTS`. ``memory`` says that it
     touches memory or orders accesses, so nothing may move across it; ``section`` names its place in the PTX ISA and
-    ``arch`` the first architecture that has it.
+    ``arch`` the first architecture that has it. ``convergent``: all lanes of a warp execute it together, so it may not
+    move into a branch.
 
     >>> add = Instruction("add.u32 $0, $1, $2;", results=("u32",), inputs=("u32", "u32"), memory=False)
     >>> add.constraints
@@ -36,6 +37,7 @@ class Instruction:
     memory: bool = True
     section: str = ""
     arch: int = 80
+    convergent: bool = False
 
     def __post_init__(self) -> None:
         for kind in (*self.results, *self.in_place, *self.inputs):

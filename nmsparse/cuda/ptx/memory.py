@@ -9,15 +9,18 @@ from .instruction import Instruction, check, one_of
 
 __all__ = [
     "add_global_s32",
+    "add_shared_s32",
     "cluster_rank",
     "cvta_shared",
     "divide",
+    "divide_f32",
     "fence_gpu",
     "fence_mbarrier_init",
     "fence_proxy_async",
     "load",
     "load_acquire",
     "load_if",
+    "load_where",
     "pack",
     "read_again",
     "redux_add",
@@ -81,12 +84,36 @@ load_if = Instruction(
     section="ld",
 )
 
+
+def load_where(kind: str, count: int = 1) -> Instruction:
+    """``count`` values from global memory that no kernel writes meanwhile, or zeros where they must not be read.
+
+    Inputs: the address, 0 or not. A select after a load would wait for it before the next load could begin.
+
+    >>> load_where("f32").inputs
+    ('u64', 'u32')
+    """
+    one_of(count, (1, 2, 4), "vector length")
+    vector = f".v{count}" if count > 1 else ""
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
+    return Instruction(
+        f"{{ .reg .pred take; setp.ne.u32 take, ${count + 1}, 0; {zeros} "
+        f"@take ld.global.nc{vector}.{kind} {_vector(count, 0)}, [${count}]; }}",
+        results=(kind,) * count,
+        inputs=("u64", "u32"),
+        section="ld",
+    )
+
+
 # A flag between blocks: what was written before the release is seen after the acquire.
 load_acquire = Instruction("ld.acquire.gpu.global.u32 $0, [$1];", results=("u32",), inputs=("u64",), section="ld")
 store_release = Instruction("st.release.gpu.global.u32 [$0], $1;", inputs=("u64", "u32"), section="st")
 fence_gpu = Instruction("fence.acq_rel.gpu;", section="membar")
 add_global_s32 = Instruction(
     "atom.global.add.s32 $0, [$1], $2;", results=("s32",), inputs=("u64", "s32"), section="atom"
+)
+add_shared_s32 = Instruction(
+    "atom.shared.add.s32 $0, [$1], $2;", results=("s32",), inputs=("u32", "s32"), section="atom"
 )
 
 # Initialised mbarriers become visible to the copy engine and to the other CTAs of the cluster.
@@ -102,6 +129,10 @@ cvta_shared = Instruction(
     section="cvta",
 )
 divide = Instruction("div.u32 $0, $1, $2;", results=("u32",), inputs=("u32", "u32"), memory=False, section="div")
+# To 2 ulp; the exactly rounded division is a call.
+divide_f32 = Instruction(
+    "div.full.f32 $0, $1, $2;", results=("f32",), inputs=("f32", "f32"), memory=False, section="div"
+)
 cluster_rank = Instruction(
     "mov.u32 $0, %cluster_ctarank;", results=("u32",), memory=False, section="%cluster_ctarank", arch=90
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -20,8 +20,16 @@ except ImportError as error:  # numba has a numba.cuda of its own, without these
 
 __all__ = ["address_of", "callable_of", "registers", "teach"]
 
-NUMBA = {"u16": types.uint16, "u32": types.uint32, "s32": types.int32, "u64": types.uint64, "f32": types.float32}
+NUMBA = {
+    "u8": types.uint32,  # bytes come in registers of 32 bits
+    "u16": types.uint16,
+    "u32": types.uint32,
+    "s32": types.int32,
+    "u64": types.uint64,
+    "f32": types.float32,
+}
 LLVM = {
+    "u8": ir.IntType(32),
     "u16": ir.IntType(16),
     "u32": ir.IntType(32),
     "s32": ir.IntType(32),
@@ -30,13 +38,14 @@ LLVM = {
 }
 
 
-def callable_of(instruction: Instruction, first: int = 0) -> Callable[..., Any]:
+def callable_of(instruction: Instruction, first: int = 0, places: Sequence[int] = ()) -> Callable[..., Any]:
     """A Numba CUDA function that emits ``instruction``.
 
     Its arguments are the inputs; for instructions with ``in_place`` operands a local array comes first, whose elements
-    from ``first`` on are the accumulators. They are read and written with constant indices only, so the array stays
-    in registers. One result comes back as a scalar, several as a tuple.
+    at ``places``, or from ``first`` on, are the accumulators. They are read and written with constant indices only, so
+    the array stays in registers. One result comes back as a scalar, several as a tuple.
     """
+    places = places or range(first, first + len(instruction.in_place))
     arity = len(instruction.inputs) + bool(instruction.in_place)
 
     def typed(typingctx: Any, *operands: Any) -> Any:
@@ -44,7 +53,7 @@ def callable_of(instruction: Instruction, first: int = 0) -> Callable[..., Any]:
         inputs = [NUMBA[kind] for kind in instruction.inputs]
         results = [NUMBA[kind] for kind in instruction.results]
         result = types.void if not results else results[0] if len(results) == 1 else types.Tuple(results)
-        return result(*accumulator, *inputs), lambda *args: _emit(instruction, first, *args)
+        return result(*accumulator, *inputs), lambda *args: _emit(instruction, places, *args)
 
     # Numba reads the number of arguments off the signature.
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -53,19 +62,19 @@ def callable_of(instruction: Instruction, first: int = 0) -> Callable[..., Any]:
     return intrinsic(typed)
 
 
-def _emit(instruction: Instruction, first: int, context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
+def _emit(
+    instruction: Instruction, elements: Sequence[int], context: Any, builder: ir.IRBuilder, signature: Any, args: Any
+) -> Any:
     places, args = [], list(args)
     if instruction.in_place:
         array = context.make_array(signature.args[0])(context, builder, value=args.pop(0))
-        places = [
-            builder.gep(array.data, [ir.Constant(ir.IntType(32), first + i)]) for i in range(len(instruction.in_place))
-        ]
+        places = [builder.gep(array.data, [ir.Constant(ir.IntType(32), i)]) for i in elements]
     written = [LLVM[kind] for kind in instruction.results or instruction.in_place]
     returned = ir.VoidType() if not written else written[0] if len(written) == 1 else ir.LiteralStructType(written)
     operands = [builder.load(place) for place in places] + args
     function = ir.FunctionType(returned, [operand.type for operand in operands])
     text = ir.InlineAsm(function, instruction.text, instruction.constraints, side_effect=instruction.memory)
-    value = builder.call(text, operands)
+    value = builder.call(text, operands, attrs=("convergent",) if instruction.convergent else ())
     for i, place in enumerate(places):
         builder.store(builder.extract_value(value, i) if len(places) > 1 else value, place)
     if not instruction.results:

@@ -1,15 +1,19 @@
 """The vocabulary that kernels are written in, twice: on the GPU with Numba CUDA, and on NumPy, word for word.
 
-The same kernel text compiles for the GPU and runs on its CPU twin. This page is the vocabulary of
-:mod:`nmsparse.cuda.kernels.gemm` (``gpu``; the twin is ``cpu``, which checks every rule below); the other
-families explain theirs where it is defined.
+The same kernel text compiles for the GPU and runs on its CPU twin. This page is the vocabulary of the kernels on
+``wgmma`` (``gpu``; the twin is ``cpu``, which checks every rule below); the other families explain theirs where it is
+defined.
 
-Memory space is in the names: ``w_gmem``, ``x_gmem``, ``y_gmem``, ``bias_gmem``, ``partial_gmem`` and ``flag_gmem`` lie
-in global memory, ``ring`` in shared memory, ``acc`` in registers. ``turn`` counts the steps of k that a CTA has gone
-through; with S stages a step uses ``slot = turn % S`` for the ``turn // S``-th time. A tile is ``TM =
-64·warpgroups·blocks`` rows by ``TT = tile_t`` tokens, a step ``TK = tile_k`` columns, a packed block 64 × 64
-(:mod:`nmsparse.cuda.layout`). After each word, who may say it: the *producer*'s elected thread, each *consumer*
+Memory space is in the names: what ends in ``_gmem`` lies in global memory, ``ring`` in shared memory, ``acc`` in
+registers. ``turn`` counts the steps of k that a CTA has gone through; with S stages a step uses ``slot = turn % S`` for
+the ``turn // S``-th time. A tile is TM rows by ``TT = tile_t`` tokens, a step ``TK = tile_k`` columns, a packed block
+64 × 64 (:mod:`nmsparse.cuda.layout`). After each word, who may say it: the *producer*'s elected thread, each *consumer*
 warpgroup, or *all*.
+
+2:4: :mod:`nmsparse.cuda.kernels.gemm`
+======================================
+
+``TM = 64·warpgroups·blocks``.
 
 **Places**, integers (:mod:`nmsparse.cuda.schedule`)
 
@@ -59,10 +63,8 @@ warpgroup, or *all*.
 
 ``accumulator()`` : consumer
     ``acc``, undefined.
-``zero(acc)`` : consumer
-    ``acc[:] = 0``.
-``wgmma_sp(acc, ring, turn)`` : consumer
-    Starts ``acc += weights[slot] @ tokens[slot].T`` as one asynchronous group.
+``wgmma_sp(acc, ring, turn, keep)`` : consumer
+    Starts ``acc = (acc if keep else 0) + weights[slot] @ tokens[slot].T`` as one asynchronous group.
 ``wait_wgmma_but_one()`` : consumer
     Until all groups but the newest are done.
 ``wait_wgmma()`` : consumer
@@ -75,4 +77,81 @@ warpgroup, or *all*.
 ``store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)`` : consumer
     ``y[TT·token + t, M + m] = acc[m, t] + bias[M + m]``, rounded, where M is the consumer's first row; only inside
     ``tokens × rows``. ``y[t, m]`` is ``y_gmem[t·pitch + m]``.
+
+Samoyeds: :mod:`nmsparse.cuda.kernels.samoyeds`
+===============================================
+
+The words above, but for ``wait_wgmma_but_one``, and those below. ``TM = 128·warpgroups``: the packed row r of the 64
+that a consumer has is the sub-row of its output rows 2r and 2r + 1, and ``expect`` and ``load_weights`` count packed
+blocks, each of which stands for 128 rows of Y. ``acc`` is three matrices of 64 × TT: ``run``, which ``wgmma_sp`` adds
+to, and ``y0`` and ``y1``, which to ``store`` and to the words of partial sums are ``acc[2r]`` and ``acc[2r + 1]``.
+``store`` writes to a buffer in shared memory, from which the copy engine stores if it can address the rows of Y; the
+next ``store`` waits until the buffer has been read.
+
+**Runs** of V columns, for each of which a sub-row belongs to one of its two rows
+
+``run_of(step, run_steps)`` : all
+    ``run, left``: the run that ``step`` is in, and how many of its ``run_steps`` steps are left.
+``zero(acc)`` : consumer
+    ``y0 = y1 = 0``.
+``picks(picks_gmem, row, rows, runs)`` : consumer
+    Which rows of ``picks_gmem`` ``(sub-rows, runs)`` are those of this tile; beyond the last, the last.
+``pick(picks, run)`` : consumer
+    ``odd[r] = picks[r, run]``: not 0 if the sub-row r belongs to its odd row.
+``add_run(acc, odd)`` : consumer
+    ``(y1 if odd[r] else y0)[r] += run[r]``.
+
+**Turns**: while one of two consumers adds its run, the tensor cores work for the other. With ``ordered`` each 64
+columns that ``wgmma_sp`` multiplies are a group; without, or with one consumer, these words mean nothing.
+
+``take_turns()`` : consumer
+    From here on a consumer multiplies in its turn only. The first one begins.
+``await_turn()`` : consumer
+    Until it is its turn.
+``pass_turn()`` : consumer
+    Until all groups but the newest are done; then it is the other's turn.
+``finish_stores()`` : consumer
+    Until the copy engine has read the buffer.
+
+All experts: :mod:`nmsparse.cuda.kernels.grouped`
+=================================================
+
+The words for the ring, the sums, runs and turns that the text says are those above; the others are below. ``TM =
+64·warpgroups`` packed rows. Of ``gated`` weights these are eight gate rows, their eight up rows, and so on
+(:func:`~nmsparse.cuda.layout.interleaved`), so a tile has half as many outputs; of Samoyeds it has twice as many.
+``plan_gmem`` is ``ends, tile_ends``, E of each: expert e has the positions from ``ends[e - 1]`` up to ``ends[e]``, and
+``⌈positions / TT⌉`` tiles of tokens. With ``gather``, the token of a position s is ``x_gmem[rows_gmem[s]]``; without,
+``x_gmem[s]``.
+
+``worker()`` : all
+    The number of this CTA.
+``workers()`` : all
+    How many there are.
+``grid(row_blocks, k_blocks)`` : all
+    ``⌈row_blocks / warpgroups⌉, 64·k_blocks / TK``: tiles of rows, steps.
+``tiles(plan_gmem, experts, row_tiles)`` : all
+    ``tile_ends[E - 1]·row_tiles``, which the device alone knows.
+``place(number, row_tiles, plan_gmem, experts)`` : all
+    ``expert, row, first, end``: a tile's rows begin at ``TM·row``, its positions at ``first``; the expert's go up to
+    ``end``. Tiles of one expert follow each other.
+``token_registers()`` : producer
+    ``tokens``, undefined.
+``find_tokens(tokens, rows_gmem, first, end, x_pitch)`` : producer
+    ``tokens`` are those of the positions from ``first`` on, TT at most and none from ``end`` on. Rows of X are
+    ``x_pitch`` elements apart, a multiple of 8 if they are gathered.
+``load_weights(ring, turn, w_gmem, expert, row, step, row_blocks, k_blocks)`` : producer
+    ``weights[slot] = w_gmem[expert, TM·row :, TK·step :][:TM, :TK]``, as packed blocks, of which only those that exist
+    are brought, or dense, swizzled. ``full[slot]`` completes after their bytes, and those of the tokens unless these
+    are gathered.
+``load_tokens(ring, turn, x_gmem, tokens, step, columns)`` : producer
+    ``tokens[slot] = x[:, TK·step :][:, :TK]``, where x is the rows of X that ``find_tokens`` found, zeros where there
+    is none and from ``columns`` on; swizzled. All 128 threads of the producer gather, and are elected for it:
+    ``full[slot]`` counts an arrival of each when its copies have landed.
+``picks(picks_gmem, expert, row, rows, runs)`` : consumer
+    As above, in ``picks_gmem`` ``(experts, rows, runs)``.
+``multiply(acc, ring, turn, keep)`` : consumer
+    ``wgmma_sp``, or ``wgmma`` of dense weights.
+``store(acc, ring, y_gmem, row, first, end, outputs, pitch)`` : consumer
+    ``y[first + t, M + m] = act(acc)[m, t]``, rounded, where M is the consumer's first output, and act of gated weights
+    the product of ``act`` of a gate row and its up row; only before ``end`` and ``outputs``.
 """

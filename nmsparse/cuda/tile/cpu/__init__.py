@@ -2,8 +2,9 @@
 
 Each role (producer, consumers) of each CTA is a thread, and one thread runs at a time, drawn from a seed. What the
 hardware may do late happens here as late as it may: copies land just before their barrier's phase completes, a product
-reads its operands when it is waited for, and a ring slot is NaN from the moment its refill begins. A word that breaks a
-rule raises :class:`KernelError`, which says who did what; a wait that nothing can end raises :class:`Deadlock`.
+reads its operands when it is waited for, a bulk store its buffer likewise, and a ring slot is NaN from the moment its
+refill begins. A word that breaks a rule raises :class:`KernelError`, which says who did what; a wait that nothing can
+end raises :class:`Deadlock`.
 What the twin cannot show: time, bank conflicts, alignment, races between the threads of a warpgroup, memory order that
 is weaker than Python's, and whatever the bodies of the GPU's words do that their equations do not say.
 """
@@ -21,20 +22,23 @@ from .machine import PRODUCER, Machine, Role
 from .store import store_words
 from .words import consumer_words, place_words, producer_words, ring_words
 
-__all__ = ["Deadlock", "KernelError", "launch", "make"]
+__all__ = ["Deadlock", "KernelError", "launch", "make", "vocabulary"]
+
+Words = dict[str, Callable[..., Any]]
 
 _here = threading.local()  # .role: who the running thread is
 
 
 def make(cfg: Any) -> SimpleNamespace:
-    """The words for ``cfg``, as the namespace that a kernel text receives."""
+    """The words of :mod:`~nmsparse.cuda.kernels.gemm` for ``cfg``, as the namespace that a kernel text receives."""
+    everyone = {**place_words(cfg), **ring_words(cfg)}
+    return vocabulary(everyone, producer_words(cfg), {**consumer_words(cfg), **store_words(cfg)})
+
+
+def vocabulary(everyone: Words, producer: Words, consumer: Words) -> SimpleNamespace:
+    """Words by who may say them. Each gets the role that says it first."""
     tile = SimpleNamespace(PRODUCER=PRODUCER)
-    consumers = {**consumer_words(cfg), **store_words(cfg)}
-    for words, who in (
-        ({**place_words(cfg), **ring_words(cfg)}, None),
-        (producer_words(cfg), "the producer"),
-        (consumers, "a consumer"),
-    ):
+    for words, who in ((everyone, None), (producer, "the producer"), (consumer, "a consumer")):
         for word, function in words.items():
             setattr(tile, word, _said_by(who, word, function))
     return tile
@@ -61,9 +65,10 @@ def launch(
     workers: int,
     arguments: Sequence[Any],
     *,
+    make: Callable[[Any], SimpleNamespace] = make,
     seed: int = 0,
 ) -> None:
-    """Run ``make_kernel(tile, cfg)(*arguments)`` on ``workers`` CTAs, or clusters, at once.
+    """Run ``make_kernel(tile, cfg)(*arguments)`` on ``workers`` CTAs, or clusters, at once, ``tile`` by ``make``.
 
     Arguments are those of the kernel: arrays instead of addresses and tensor maps. ``seed`` draws the order in which
     roles go on; another seed is another interleaving.

@@ -6,6 +6,7 @@ for what.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
@@ -77,11 +78,17 @@ class Crew:
         self._pass_on()
 
     def _pass_on(self) -> None:
-        able = [name for name, (ready, _) in self._waiting.items() if ready()]
-        if self._waiting and not able and self._failure is None:
-            lines = (f"  {name} waits for {what()}" for name, (_, what) in sorted(self._waiting.items()))
-            self._failure = Deadlock("deadlock:\n" + "\n".join(lines))
-        chosen = list(self._waiting) if self._failure else [self._draw.choice(able)] if able else []
-        for name in chosen:
+        able = []
+        if self._failure is None:
+            able = [name for name, (ready, _) in self._waiting.items() if ready()]
+            if self._waiting and not able:
+                lines = (f"  {name} waits for {what()}" for name, (_, what) in sorted(self._waiting.items()))
+                self._failure = Deadlock("deadlock:\n" + "\n".join(lines))
+        if able:
+            name = self._draw.choice(able)
             del self._waiting[name]
             self._batons[name].release()
+        with contextlib.suppress(KeyError):  # after a failure all come here at the same time, to end
+            while self._failure:
+                name, _ = self._waiting.popitem()
+                self._batons[name].release()

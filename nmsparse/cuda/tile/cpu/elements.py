@@ -45,10 +45,13 @@ class Memory:
         self.bytes[places] = rows[inside]
 
 
-def run(make_kernel: Any, cfg: Any, grid: int, *arguments: Any) -> None:
-    """Launch a kernel text on ``grid`` blocks of ``cfg.threads``; arrays among the arguments are its memory."""
+def run(make_kernel: Any, cfg: Any, grid: int, *arguments: Any, words: Any = None) -> None:
+    """Launch a kernel text on ``grid`` blocks of ``cfg.threads``; arrays among the arguments are its memory.
+
+    ``words(cfg, grid)`` makes the vocabulary, :func:`make` if not given.
+    """
     arguments = tuple(Memory(a) if isinstance(a, np.ndarray) else a for a in arguments)
-    make_kernel(make(cfg, grid), cfg)(*arguments)
+    make_kernel((words or make)(cfg, grid), cfg)(*arguments)
 
 
 def make(cfg: Any, grid: int) -> SimpleNamespace:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,13 +24,15 @@ LANE = np.arange(fragments.LANES)
 READ = fragments.meta_lanes(0)
 _here = threading.local()  # .warp, .cta: who the running thread is
 
+Words = dict[str, Any]
+
 
 class _Cta:
     """One CTA: its number, shared memory for the sums, and the barrier."""
 
     def __init__(self, cfg: Any, number: int, crew: Crew):
         self.number, self.crew, self.warps = number, crew, cfg.warps
-        self.shared = np.full((cfg.warps, cfg.tile_t, 16), np.nan, np.float32)
+        self.shared = np.full((cfg.warps, cfg.sets, cfg.tile_t, 16), np.nan, np.float32)
         self.arrived = 0
 
     def barrier(self, warp: int) -> None:
@@ -41,10 +43,26 @@ class _Cta:
 
 def make(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, as the namespace that a kernel text receives."""
-    batch, groups = cfg.batch, cfg.tile_t // 8
+    words = weight_words(cfg), _pick_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)
+    return SimpleNamespace(BLOCKS_A_ROUND=cfg.warps * cfg.batch, **{k: v for part in words for k, v in part.items()})
 
-    def load_weights(a: Any, e: Any, w_gmem: np.ndarray, block: int, k_blocks: int) -> None:
-        down, part = divmod(_here.cta.number, 4)
+
+def number() -> int:
+    """Of the CTA that the running warp is in."""
+    return _here.cta.number
+
+
+def nothing(*args: Any) -> int:
+    """What weights without runs say in place of a word of Samoyeds."""
+    return 0
+
+
+def weight_words(cfg: Any) -> Words:
+    """Weights, and of Samoyeds their picks, from memory to registers."""
+    batch = cfg.batch
+
+    def load_weights(a: Any, e: Any, w_gmem: np.ndarray, slab: int, block: int, k_blocks: int) -> None:
+        down, part = divmod(slab, 4)
         for i in range(batch):
             if block + i < k_blocks:
                 raw = w_gmem[down, block + i]
@@ -56,6 +74,42 @@ def make(cfg: Any) -> SimpleNamespace:
                 e[:, 2 * i : 2 * i + 2] = words[part, LANE // 4 * 2 + LANE % 2]
             else:
                 a[:, 8 * i : 8 * i + 8], e[:, 2 * i : 2 * i + 2] = 0, EMPTY * 0x10001
+
+    def load_picks(odd: Any, picks: Any, block: int, run_blocks: int, runs: int) -> None:
+        for i in range(batch):
+            run = min((block + i) // run_blocks, runs - 1)
+            odd[:, 2 * i], odd[:, 2 * i + 1] = picks[0][:, run], picks[1][:, run]
+
+    return {
+        "first_block": lambda: _here.warp * batch,
+        "load_weights": load_weights,
+        "load_picks": load_picks if cfg.pairs else nothing,
+        "weight_registers": lambda: np.full((32, 8 * batch), 0xFFFFFFFF, np.uint32),
+        "meta_registers": lambda: np.zeros((32, 2 * batch), np.uint32),
+        "pick_registers": lambda: np.full((32, 2 * batch), 0xFFFFFFFF, np.uint32),
+    }
+
+
+def slab_picks(picks_gmem: np.ndarray, slab: int, rows: int, runs: int, gated: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The picks ``(32, runs)`` of each lane's two packed rows in a slab of 16; beyond the last row, anybody's."""
+    if picks_gmem.shape != (rows, runs):
+        raise KernelError(f"picks: there are {picks_gmem.shape}, the kernel says {(rows, runs)}")
+    if gated:
+        low = np.minimum(slab * 8 + LANE // 4, rows // 2 - 1)
+        return picks_gmem[low], picks_gmem[low + rows // 2]
+    low = np.minimum(slab * 16 + LANE // 4, rows - 1)
+    return picks_gmem[low], picks_gmem[np.minimum(low + 8, rows - 1)]
+
+
+def _pick_words(cfg: Any) -> Words:
+    def picks(picks_gmem: np.ndarray, slab: int, rows: int, runs: int) -> Any:
+        return slab_picks(picks_gmem, slab, (rows + 1) // 2, runs, gated=False)
+
+    return {"slab": number, "picks": picks if cfg.pairs else nothing}
+
+
+def _token_words(cfg: Any) -> Words:
+    batch, groups = cfg.batch, cfg.tile_t // 8
 
     def load_tokens(b: Any, x_gmem: np.ndarray, block: int, tokens: int, columns: int, x_pitch: int) -> None:
         if x_gmem.strides[0] != 2 * x_pitch:
@@ -70,44 +124,81 @@ def make(cfg: Any) -> SimpleNamespace:
                     low, high = (padded[group * 8 + LANE // 4, column + half].astype(np.uint32) for half in (0, 1))
                     b[:, (i * groups + group) * 8 + register] = low | high << 16
 
-    def mma_sp(acc: Any, a: Any, e: Any, b: Any) -> None:
+    return {
+        "load_tokens": load_tokens,
+        "token_registers": lambda: np.full((32, 8 * batch * groups), 0xFFFFFFFF, np.uint32),
+    }
+
+
+def sum_words(cfg: Any) -> Words:
+    """Products of a warp and their sums: of Samoyeds those of a block, of the even and of the odd rows."""
+    batch, groups, pairs = cfg.batch, cfg.tile_t // 8, cfg.pairs
+    sums = 4 * groups  # of a set
+    first = sums if pairs else 0  # of those that are outputs
+
+    def mma_sp(acc: Any, a: Any, e: Any, b: Any, odd: Any) -> None:
         for i in range(batch):
-            for step in range(2):
-                for group in range(groups):
+            for group in range(groups):
+                mine = slice(4 * group, 4 * group + 4)
+                if pairs:
+                    acc[:, mine] = 0
+                for step in range(2):
                     at = (i * groups + group) * 8 + 4 * step
-                    sums = acc[:, 4 * group : 4 * group + 4]
-                    sums += _product(a[:, 8 * i + 4 * step :][:, :4], e[:, 2 * i + step], b[:, at : at + 4], cfg.dtype)
+                    values, tokens = a[:, 8 * i + 4 * step :][:, :4], b[:, at : at + 4]
+                    acc[:, mine] += _product(values, e[:, 2 * i + step], tokens, cfg.dtype)
+                if pairs:
+                    is_odd = odd[:, [2 * i, 2 * i, 2 * i + 1, 2 * i + 1]] != 0
+                    to_even, to_odd = (acc[:, sums * half :][:, mine] for half in (1, 2))
+                    to_even[~is_odd] += acc[:, mine][~is_odd]
+                    to_odd[is_odd] += acc[:, mine][is_odd]
 
     def share(acc: Any) -> None:
-        for register in range(4 * groups):
-            row, token = fragments.mma_sp_d(LANE, register % 4)
-            _here.cta.shared[_here.warp, register // 4 * 8 + token, row] = acc[:, register]
-
-    def store(y_gmem: np.ndarray, bias_gmem: Any, rows: int, tokens: int, y_pitch: int) -> None:
-        if y_gmem.strides[0] != 2 * y_pitch:
-            raise KernelError(f"store: rows are {y_gmem.strides[0]} bytes apart, the kernel says {2 * y_pitch}")
-        for output in range(32 * _here.warp, 16 * cfg.tile_t, cfg.threads):
-            for index in range(output, output + 32):
-                token, row = index // 16, _here.cta.number * 16 + index % 16
-                if token < tokens and row < rows:
-                    total = np.float32(0)
-                    for warp in range(cfg.warps):
-                        total += _here.cta.shared[warp, token, index % 16]
-                    y_gmem[token, row] = total + (np.float32(bias_gmem[row]) if cfg.bias else np.float32(0))
+        for half in range(cfg.sets):
+            for register in range(sums):
+                row, token = fragments.mma_sp_d(LANE, register % 4)
+                mine = acc[:, first + half * sums + register]
+                _here.cta.shared[_here.warp, half, register // 4 * 8 + token, row] = mine
 
     def zero(acc: Any) -> None:
         acc[:] = 0
 
-    return SimpleNamespace(
-        BLOCKS_A_ROUND=cfg.warps * batch,
-        first_block=lambda: _here.warp * batch,
-        accumulator=lambda: np.full((32, 4 * groups), np.nan, np.float32),
-        weight_registers=lambda: np.full((32, 8 * batch), 0xFFFFFFFF, np.uint32),
-        meta_registers=lambda: np.zeros((32, 2 * batch), np.uint32),
-        token_registers=lambda: np.full((32, 8 * batch * groups), 0xFFFFFFFF, np.uint32),
-        barrier=lambda: _here.cta.barrier(_here.warp),
-        **{f.__name__: f for f in (zero, load_weights, load_tokens, mma_sp, share, store)},
-    )
+    return {
+        "accumulator": lambda: np.full((32, first + cfg.sets * sums), np.nan, np.float32),
+        "zero": zero,
+        "mma_sp": mma_sp,
+        "share": share,
+        "barrier": lambda: _here.cta.barrier(_here.warp),
+    }
+
+
+def total(half: int, token: int, row: int) -> np.float32:
+    """The sum of all warps, in their order."""
+    return functools.reduce(np.add, _here.cta.shared[:, half, token, row], np.float32(0))
+
+
+def outputs_of(cfg: Any) -> Iterator[tuple[int, int]]:
+    """``(token, output)`` that the running warp stores."""
+    for first in range(32 * _here.warp, cfg.outputs * cfg.tile_t, cfg.threads):
+        for index in range(first, first + 32):
+            yield divmod(index, cfg.outputs)
+
+
+def check_pitch(y_gmem: np.ndarray, y_pitch: int) -> None:
+    """Raise unless rows of Y are as far apart as the kernel says."""
+    if y_gmem.strides[0] != 2 * y_pitch:
+        raise KernelError(f"store: rows are {y_gmem.strides[0]} bytes apart, the kernel says {2 * y_pitch}")
+
+
+def _store_words(cfg: Any) -> Words:
+    def store(y_gmem: np.ndarray, bias_gmem: Any, slab: int, rows: int, tokens: int, y_pitch: int) -> None:
+        check_pitch(y_gmem, y_pitch)
+        for token, output in outputs_of(cfg):
+            row = slab * cfg.outputs + output
+            if token < tokens and row < rows:
+                value = total(output % cfg.sets, token, output // cfg.sets)
+                y_gmem[token, row] = value + (np.float32(bias_gmem[row]) if cfg.bias else np.float32(0))
+
+    return {"store": store}
 
 
 def _halves(registers: np.ndarray, dtype: str) -> np.ndarray:
@@ -137,7 +228,12 @@ def _product(a: np.ndarray, e: np.ndarray, b: np.ndarray, dtype: str) -> np.ndar
 
 
 def launch(
-    make_kernel: Callable[[Any, Any], Callable[..., None]], cfg: Any, ctas: int, arguments: Sequence[Any], seed: int = 0
+    make_kernel: Callable[[Any, Any], Callable[..., None]],
+    cfg: Any,
+    ctas: int,
+    arguments: Sequence[Any],
+    seed: int = 0,
+    make: Callable[[Any], SimpleNamespace] = make,
 ) -> None:
     """Run ``make_kernel(tile, cfg)(*arguments)`` on ``ctas`` CTAs, one after the other; arrays instead of addresses."""
     kernel = make_kernel(make(cfg), cfg)

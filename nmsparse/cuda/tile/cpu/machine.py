@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from .barrier import Barrier, Meeting
 from .crew import Crew, KernelError
 
-__all__ = ["PRODUCER", "Accumulator", "Cta", "Group", "Machine", "Ring", "Role"]
+__all__ = ["PRODUCER", "Accumulator", "Cta", "Group", "Machine", "Ring", "Role", "Staging"]
 
 PRODUCER = -1
 POISON = 0xFF  # as 16-bit floats NaN, as metadata positions that do not ascend
@@ -42,12 +43,37 @@ class Accumulator:
 
 @dataclass(eq=False)
 class Group:
-    """A committed group of ``wgmma``: what it adds to, the slot it reads, the metadata registers that it was given."""
+    """A committed group of ``wgmma``: what it adds to, the slot it reads, and ``finish``, which does both.
+
+    The hardware reads operands at any time before a wait returns; ``finish`` is called at the latest.
+    """
 
     acc: Accumulator
     slot: int
     turn: int
-    metadata: np.ndarray
+    finish: Callable[[], None]
+
+
+class Staging:
+    """A consumer's buffer of outputs, ``(tokens, outputs)`` of 16 bits, that the copy engine reads by and by.
+
+    What is sent is read as late as may be: when the consumer waits for it. So whoever overwrites it sooner sends
+    something else.
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        self.memory = np.full((cfg.tile_t, cfg.staged_token_bytes // 2), POISON << 8 | POISON, np.uint16)
+        self.sending: list[Callable[[], None]] = []
+
+    def send(self, store: Callable[[], None]) -> None:
+        """Start a bulk store: ``store()`` reads the buffer."""
+        self.sending.append(store)
+
+    def wait_read(self) -> None:
+        """Until all that was sent has been read."""
+        for store in self.sending:
+            store()
+        self.sending = []
 
 
 @dataclass(eq=False)
@@ -59,10 +85,13 @@ class Role:
     seen: dict[Barrier, int] = field(default_factory=dict)  # phases that its waits have shown it
     groups: deque[Group] = field(default_factory=deque)  # under way
     released: list[int] = field(default_factory=list)  # how many fills of each slot it has given back
+    handed: int = 0  # turns at the tensor cores that another consumer has handed to it
+    may_multiply: bool = True
     gone: bool = False
 
     def __post_init__(self) -> None:
         self.released = [0] * self.cta.machine.cfg.stages
+        self.staging = Staging(self.cta.machine.cfg)
 
     def __str__(self) -> str:
         who = "producer" if self.number == PRODUCER else f"consumer {self.number}"
@@ -82,6 +111,11 @@ class Role:
         """Wait for all roles of the cluster."""
         met = self.cta.cluster[0].meeting.arrive()
         self.cta.machine.crew.pause(str(self), met, lambda: "the other roles of its cluster")
+
+    def finish_groups(self, but: int = 0) -> None:
+        """Finish all groups of ``wgmma`` under way ``but`` the newest ones, oldest first."""
+        while len(self.groups) > but:
+            self.groups.popleft().finish()
 
     def knows(self, barrier: Barrier, phases: int) -> bool:
         """Whether a wait has shown it that ``phases`` phases are complete."""
@@ -125,7 +159,7 @@ class Machine:
     def __init__(self, cfg: Any, workers: int, seed: int) -> None:
         self.cfg, self.workers, self.crew = cfg, workers, Crew(seed)
         self.ctas = [Cta(number, self) for number in range(workers * cfg.cluster)]
-        self.stored: set[int] = set()  # elements of Y written so far
+        self.stored: set[int] = set()  # elements of Y written so far, or on their way
 
     def check_end(self) -> None:
         """Raise if a launch left something undone."""
@@ -135,6 +169,8 @@ class Machine:
                     raise KernelError(f"at the end, copies are still under way: {barrier}")
             for consumer in cta.roles[1:]:
                 consumer.require(not consumer.groups, "ends while wgmma groups are under way; say wait_wgmma()")
+                read = not consumer.staging.sending
+                consumer.require(read, "ends while the copy engine reads its staging buffer; say finish_stores()")
                 for slot, fills in enumerate(cta.ring.fills):
                     done = consumer.released[slot]
                     consumer.require(

@@ -1,4 +1,4 @@
-"""What ``wgmma.sp.m64nNk32`` computes from the bytes of a slot, lane by lane where lanes matter."""
+"""What ``wgmma.sp.m64nNk32`` and ``wgmma.m64nNk16`` compute from the bytes of a slot, by lanes where lanes matter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy as np
 from ....formats import fragments, metadata
 from ...layout import VALUE_BYTES, meta_offset
 
-__all__ = ["add_to_registers", "metadata_registers", "of_registers", "sparse_product"]
+__all__ = ["add_to_registers", "dense_product", "metadata_registers", "of_registers", "sparse_product"]
 
 THREAD = np.arange(fragments.WARPGROUP)
 READ = THREAD[np.isin(THREAD % fragments.LANES, fragments.meta_lanes(0))]  # threads whose metadata register counts
@@ -41,11 +41,24 @@ def sparse_product(
     values[~np.repeat(ascending, 2, axis=1)] = np.nan
     columns = (4 * np.arange(8)[:, None] + positions).reshape(64, 16)
 
-    row = np.arange(len(tokens))[:, None]
-    chunks = tokens.reshape(len(tokens), 8, CHUNK_BYTES)
-    b = chunks[row, fragments.swizzle_128b(row, 4 * half + np.arange(4))].reshape(len(tokens), 64).view(dtype)
+    b = _unswizzled(tokens, dtype)[:, 32 * half : 32 * half + 32]
     with np.errstate(invalid="ignore", over="ignore"):
-        return np.einsum("ms,nms->mn", values, b.astype(np.float32)[:, columns])
+        return np.einsum("ms,nms->mn", values, b[:, columns])
+
+
+def dense_product(tokens: np.ndarray, rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """``D[m, n] = Σ_k A[m, k] · B[n, k]`` over 64 columns, float32 ``(64, N)``; both operands swizzled rows of 128
+    bytes.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _unswizzled(rows, dtype) @ _unswizzled(tokens, dtype).T
+
+
+def _unswizzled(rows: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The 64 columns of swizzled rows of 128 bytes, in float32."""
+    row = np.arange(len(rows))[:, None]
+    chunks = rows.reshape(len(rows), 8, CHUNK_BYTES)[row, fragments.swizzle_128b(row, np.arange(8))]
+    return chunks.reshape(len(rows), 128).view(dtype).astype(np.float32)
 
 
 def _owners(sums: int) -> tuple[np.ndarray, np.ndarray]:

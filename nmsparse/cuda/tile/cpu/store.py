@@ -13,20 +13,62 @@ from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
 from .words import check_settled
 
-__all__ = ["store_words"]
+__all__ = ["claim", "partial_words", "store_staged", "store_words"]
+
+
+def claim(role: Role, t: np.ndarray, m: np.ndarray, pitch: int) -> np.ndarray:
+    """Where outputs ``m`` of tokens ``t`` go, ``(tokens, outputs)``; no other store may go there."""
+    at = t[:, None] * pitch + m
+    places, stored = set(at.ravel().tolist()), role.cta.machine.stored
+    again = min(places & stored, default=0)
+    role.require(
+        stored.isdisjoint(places),
+        f"store writes y_gmem[{again // pitch}, {again % pitch}] again: every element belongs to one tile",
+    )
+    stored.update(places)
+    return at
+
+
+def store_staged(
+    role: Role, outputs: np.ndarray, y_gmem: np.ndarray, first: int, token: int, end: int, rows: int, pitch: int
+) -> None:
+    """``y[token + t, first + i] = outputs[t, i]``, only before ``end`` and ``rows``, by way of the staging buffer."""
+    staging, y = role.staging, y_gmem.reshape(-1)
+    staging.wait_read()
+    with np.errstate(over="ignore", invalid="ignore"):
+        staging.memory[:, : outputs.shape[1]] = outputs.astype(y.dtype).view(np.uint16)
+    t, m = np.arange(token, min(token + len(outputs), end)), np.arange(first, min(first + outputs.shape[1], rows))
+    at = claim(role, t, m, pitch)
+
+    def send() -> None:
+        y[at] = staging.memory[: len(t), : len(m)].view(y.dtype)
+
+    if (rows | pitch) % 8 == 0:  # rows of Y that the copy engine can address
+        staging.send(send)
+    else:
+        send()
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """``store_partial``, ``add_partials`` and ``store`` for ``cfg``."""
+    return {**partial_words(cfg), **_epilogue_words(cfg)}
+
+
+def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    """What goes from one CTA to another: the accumulators that ``cfg.kept`` names."""
+    kept = slice(*cfg.kept)
 
     def partial(role: Role, partial_gmem: np.ndarray, cta: int) -> tuple[int, np.ndarray]:
         """Number of this consumer's partial sums of ``cta``, and the sums, as quads of each thread."""
-        slot, sums = cta * cfg.warpgroups + role.number, partial_gmem.reshape(-1, cfg.sums // 4, WARPGROUP, 4)
+        slot, sums = (
+            cta * cfg.warpgroups + role.number,
+            partial_gmem.reshape(-1, cfg.partial_slots[1] // 4 // WARPGROUP, WARPGROUP, 4),
+        )
         role.require(slot < len(sums), f"expected partial sums of a CTA of this launch, came CTA {cta}")
         return slot, sums[slot]
 
     def quads(acc: Accumulator) -> np.ndarray:
-        return acc.sums.reshape(WARPGROUP, -1, 4).swapaxes(0, 1)
+        return acc.sums[:, kept].reshape(WARPGROUP, -1, 4).swapaxes(0, 1)
 
     def store_partial(role: Role, acc: Accumulator, partial_gmem: np.ndarray, flag_gmem: np.ndarray) -> None:
         check_settled(role, acc, "store_partial")
@@ -47,6 +89,10 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             quads(acc)[:] += sums
             sums[:] = np.nan
 
+    return {"store_partial": store_partial, "add_partials": add_partials}
+
+
+def _epilogue_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def store(
         role: Role,
         acc: Accumulator,
@@ -64,16 +110,12 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         for block in range(cfg.blocks):
             d = of_registers(acc.sums[:, block * cfg.tile_t // 2 : (block + 1) * cfg.tile_t // 2])
             m = row * cfg.tile_m + (role.number * cfg.blocks + block) * BLOCK + np.arange(BLOCK)
-            inside = np.ix_(m < rows, t < tokens)
-            d, m = d[inside], m[m < rows]
+            d = d[np.ix_(m < rows, t < tokens)].T
+            m = m[m < rows]
             if cfg.bias:
-                d += bias_gmem[m, None].astype(np.float32)  # type: ignore[index]
-            at = t[t < tokens] * pitch + m[:, None]
-            again = role.cta.machine.stored.intersection(at.ravel().tolist())
-            where = f"y_gmem[{min(again, default=0) // pitch}, {min(again, default=0) % pitch}]"
-            role.require(not again, f"store writes {where} again: every element belongs to one tile")
-            role.cta.machine.stored.update(at.ravel().tolist())
+                d = d + bias_gmem[m].astype(np.float32)  # type: ignore[index]
+            at = claim(role, t[t < tokens], m, pitch)
             with np.errstate(over="ignore", invalid="ignore"):
                 y[at] = d.astype(y.dtype)
 
-    return {"store_partial": store_partial, "add_partials": add_partials, "store": store}
+    return {"store": store}

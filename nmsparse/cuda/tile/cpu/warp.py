@@ -37,9 +37,9 @@ def run(make_kernel: Any, cfg: Any, workers: int, *arguments: Any) -> None:
 def make(cfg: Any, worker: int, workers: int) -> SimpleNamespace:
     """The words for ``cfg`` in CTA ``worker``."""
     shared = Shared(cfg)
-    parts = _place_words(cfg, worker, workers), _load_words(cfg, shared), _product_words(cfg, shared)
+    parts = _place_words(cfg, worker, workers), _load_words(cfg, shared), _product_words(cfg, shared), _run_words(cfg)
     words: Words = {}
-    for part in (*parts, _partial_words(worker), _store_words(cfg)):
+    for part in (*parts, _partial_words(cfg, worker), _store_words(cfg)):
         words |= part
     return SimpleNamespace(**words)
 
@@ -90,12 +90,16 @@ def _place_words(cfg: Any, worker: int, workers: int) -> Words:
     def grid(rows, tokens, k_blocks):
         return -(-rows // cfg.tile_m), -(-tokens // cfg.tile_t), k_blocks * BLOCK // cfg.tile_k
 
+    def piece(index, tiles, split, parts, steps):
+        return schedule.piece(index, worker, workers, tiles, split, parts, steps)
+
     return {
         "ring": lambda: 0,
         "grid": grid,
         "pieces": lambda tiles, split, parts: schedule.pieces(worker, workers, tiles, split, parts),
-        "piece": lambda index, *how: schedule.piece(index, worker, workers, *how),
-        "place": lambda number, *tiles: schedule.place(number, *tiles, cfg.group),
+        "piece": piece,
+        "place": lambda number, row_tiles, token_tiles: schedule.place(number, row_tiles, token_tiles, cfg.group),
+        "run_of": schedule.run_of,
     }
 
 
@@ -104,9 +108,9 @@ def _load_words(cfg: Any, shared: Shared) -> Words:
         return ring + step % cfg.stages * cfg.slot_bytes
 
     def load_weights(ring, step, w_gmem, row, rows, k_blocks):
-        blocks = cfg.tile_m // BLOCK
+        blocks = cfg.tile_rows // BLOCK
         i, byte = np.ogrid[:blocks, : cfg.weight_bytes]
-        line = np.minimum(row * blocks + i, (rows - 1) // BLOCK)
+        line = np.minimum(row * blocks + i, (rows - 1) // cfg.height)
         source = (line * k_blocks + step * (cfg.tile_k // BLOCK)) * BLOCK_BYTES + byte
         data = w_gmem.load(source.ravel(), 1, np.ones(source.size, bool)).reshape(source.shape)
         shared.copy(slot(ring, step) + cfg.token_bytes + i * cfg.weight_bytes + byte, data)
@@ -190,7 +194,7 @@ def _product_words(cfg: Any, shared: Shared) -> Words:
                         product = np.einsum("wrk,wrkt->wrt", a, b[j][across, column])
                         reg = np.arange(4)
                         where = fragments.mma_sp_d(lane[:, None], reg)
-                        acc[:, 4 * (i * wide + j) + reg] += product[(warp[:, None], *where)]
+                        acc[:, 4 * (i * wide + j) + reg] += product[(warp[:, None], *where)]  # of a run
 
     def zero(acc):
         acc[:] = 0
@@ -202,13 +206,50 @@ def _product_words(cfg: Any, shared: Shared) -> Words:
     }
 
 
-def _partial_words(worker: int) -> Words:
+def _run_words(cfg: Any) -> Words:
+    """Sums of a run, and what becomes of them; weights other than Samoyeds have nothing to say here."""
+    thread, sum_ = np.ogrid[: cfg.threads, : cfg.run_sums]
+    packed_row, sums = _places(cfg, thread, sum_)[0], cfg.run_sums
+
+    def picks(index_gmem, row, rows, runs):
+        mine = np.minimum(row * cfg.tile_rows + packed_row, (rows - 1) // 2)
+        return index_gmem, np.broadcast_to(mine, (cfg.threads, sums)) * runs
+
+    def pick(picks, run):
+        index_gmem, first = picks
+        at = (first + run).ravel()
+        return index_gmem.load(at, 1, np.ones(at.size, bool)).reshape(first.shape) != 0
+
+    def add_run(acc, odd):
+        for half, mine in ((1, ~odd), (2, odd)):
+            acc[:, half * sums : (half + 1) * sums][mine] += acc[:, :sums][mine]
+        acc[:, :sums] = 0
+
+    if cfg.pairs:
+        return {"picks": picks, "pick": pick, "add_run": add_run}
+    return dict.fromkeys(("picks", "pick", "add_run"), lambda *args: 0)
+
+
+def _places(cfg: Any, thread: Any, sum_: Any) -> tuple[Any, Any]:
+    """Packed row and token in the tile of a thread's sum, of one set."""
+    (high, wide), warp, atom = cfg.atoms, thread // 32, sum_ // 4
+    row, token = fragments.mma_sp_d(thread % 32, sum_ % 4)
+    return (
+        16 * (warp // cfg.warps_t * high + atom // wide) + row,
+        8 * (warp % cfg.warps_t * wide + atom % wide) + token,
+    )
+
+
+def _partial_words(cfg: Any, worker: int) -> Words:
+    kept = slice(*cfg.kept)
+
     def store_partial(acc, partial_gmem, flag_gmem):
+        acc = acc[:, kept]
         partial_gmem.bytes.view(np.float32).reshape(-1, *acc.shape)[worker] = acc
         flag_gmem.bytes.view(np.uint32)[worker] = 1
 
     def add_partials(acc, partial_gmem, flag_gmem, split, parts):
-        flags = flag_gmem.bytes.view(np.uint32)
+        flags, acc = flag_gmem.bytes.view(np.uint32), acc[:, kept]
         for part in range(1, parts):
             peer = worker + part * split
             assert flags[peer] == 1, f"CTA {worker} waits for partial sums that CTA {peer} has not stored"
@@ -219,15 +260,13 @@ def _partial_words(worker: int) -> Words:
 
 
 def _store_words(cfg: Any) -> Words:
-    (high, wide), dtype = cfg.atoms, DTYPES[cfg.dtype]
+    dtype, (first, last), sets = DTYPES[cfg.dtype], cfg.kept, 2 if cfg.pairs else 1
 
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
-        thread, reg = np.ogrid[: cfg.threads, : cfg.sums]
-        warp, atom = thread // 32, reg // 4
-        inner_row, inner_token = fragments.mma_sp_d(thread % 32, reg % 4)
-        m = row * cfg.tile_m + 16 * (warp // cfg.warps_t * high + atom // wide) + inner_row
-        t = token * cfg.tile_t + 8 * (warp % cfg.warps_t * wide + atom % wide) + inner_token
-        inside = ((m < rows) & (t < tokens)).ravel()
+        thread, sum_ = np.ogrid[: cfg.threads, : last - first]
+        packed_row, t = _places(cfg, thread, sum_ % cfg.run_sums)
+        m, t = row * cfg.tile_m + packed_row * sets + sum_ // cfg.run_sums, token * cfg.tile_t + t
+        inside, acc = ((m < rows) & (t < tokens)).ravel(), acc[:, first:last]
         if cfg.bias:
             acc = acc + bias_gmem.load((m + 0 * t).ravel() * 2, 2, inside).view(dtype).reshape(acc.shape).astype(
                 np.float32

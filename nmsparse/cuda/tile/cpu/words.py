@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,17 @@ from ...layout import BLOCK, BLOCK_BYTES
 from .machine import PRODUCER, Accumulator, Cta, Group, Ring, Role
 from .multiply import CHUNK_BYTES, add_to_registers, metadata_registers, sparse_product
 
-__all__ = ["consumer_words", "place_words", "producer_words", "ring_words"]
+__all__ = [
+    "begin",
+    "box_of",
+    "check_settled",
+    "consumer_words",
+    "groups_of",
+    "place_words",
+    "producer_words",
+    "ring_words",
+    "slot_to_multiply",
+]
 
 Words = dict[str, Callable[..., Any]]
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -62,7 +73,7 @@ def ring_words(cfg: Any) -> Words:
     def ring(role: Role) -> Ring:
         if role.number == PRODUCER:
             for full, empty in zip(role.cta.ring.full, role.cta.ring.empty, strict=True):
-                full.init(1)
+                full.init(cfg.fillers)
                 empty.init(4 * cfg.warpgroups * cfg.cluster)
         role.meet()
         return role.cta.ring
@@ -74,37 +85,38 @@ def ring_words(cfg: Any) -> Words:
     return {"prefetch": lambda role, x_gmem: None, "ring": ring, "finish": finish}
 
 
+def begin(cfg: Any, role: Role, cta: Cta, turn: int) -> int:
+    """The slot of ``turn`` in ``cta``, once nobody can be reading it."""
+    fill, slot = fill_and_slot(cfg, role, turn)
+    where = f"slot {slot} of CTA {cta.number} (turn {turn})"
+    role.require(not cta.gone, f"writes {where}, which has ended; say finish() at the end")
+    known = role.knows(role.cta.ring.empty[slot], fill)
+    role.require(known, f"fills {where} without having waited until it was empty; say wait_empty(ring, {turn})")
+    for consumer in cta.roles[1:]:
+        role.require(consumer.released[slot] >= fill, f"fills {where} before {consumer} has released it")
+    full = cta.ring.full[slot]
+    role.require(
+        full.phase == fill,
+        f"more bytes for {where} after its phase is complete: expect() announced too few, or named another turn",
+    )
+    cta.ring.begin(slot, fill)
+    return slot
+
+
 def producer_words(cfg: Any) -> Words:
     """What fills the ring."""
     blocks, step_blocks = cfg.warpgroups * cfg.blocks, cfg.tile_k // BLOCK
     share = cfg.tile_t // cfg.cluster  # tokens that one CTA brings for the cluster
 
     def present(row: int, rows: int) -> int:
-        return min(max(-(-rows // BLOCK) - row * blocks, 0), blocks)
-
-    def begin(role: Role, cta: Cta, turn: int) -> int:
-        """The slot of ``turn`` in ``cta``, once nobody can be reading it."""
-        fill, slot = fill_and_slot(cfg, role, turn)
-        where = f"slot {slot} of CTA {cta.number} (turn {turn})"
-        role.require(not cta.gone, f"writes {where}, which has ended; say finish() at the end")
-        known = role.knows(role.cta.ring.empty[slot], fill)
-        role.require(known, f"fills {where} without having waited until it was empty; say wait_empty(ring, {turn})")
-        for consumer in cta.roles[1:]:
-            role.require(consumer.released[slot] >= fill, f"fills {where} before {consumer} has released it")
-        full = cta.ring.full[slot]
-        role.require(
-            full.phase == fill,
-            f"more bytes for {where} after its phase is complete: expect() announced too few, or named another turn",
-        )
-        cta.ring.begin(slot, fill)
-        return slot
+        return min(max(-(-rows // cfg.height) - row * blocks, 0), blocks)
 
     def wait_empty(role: Role, ring: Ring, turn: int) -> None:
         fill, slot = fill_and_slot(cfg, role, turn)
         role.wait(ring.empty[slot], ~fill & 1, turn)
 
     def expect(role: Role, ring: Ring, turn: int, row: int, rows: int) -> None:
-        slot = begin(role, role.cta, turn)
+        slot = begin(cfg, role, role.cta, turn)
         ring.full[slot].arrive(str(role), expect=cfg.token_bytes + present(row, rows) * cfg.weight_bytes)
 
     def load_tokens(role: Role, ring: Ring, turn: int, x_gmem: np.ndarray, token: int, step: int) -> None:
@@ -112,8 +124,8 @@ def producer_words(cfg: Any) -> Words:
         chunk = np.arange(ROW_BYTES // CHUNK_BYTES)
         for cta in role.cta.cluster:
             for j in range(step_blocks):
-                slot = begin(role, cta, turn)
-                box = _box(x_gmem, token * cfg.tile_t + row[0, 0], (step * step_blocks + j) * BLOCK, share)
+                slot = begin(cfg, role, cta, turn)
+                box = box_of(x_gmem, token * cfg.tile_t + row[0, 0], (step * step_blocks + j) * BLOCK, share)
                 first = j * cfg.tile_t * ROW_BYTES
                 target = cta.ring.memory[slot, first : first + cfg.tile_t * ROW_BYTES]
                 target = target.reshape(cfg.tile_t, -1, CHUNK_BYTES)
@@ -128,7 +140,7 @@ def producer_words(cfg: Any) -> Words:
     ) -> None:
         packed = w_gmem.reshape(-1, BLOCK_BYTES)
         for i in range(present(row, rows)):
-            slot = begin(role, role.cta, turn)
+            slot = begin(cfg, role, role.cta, turn)
             first = (row * blocks + i) * k_blocks + step * step_blocks
             inside = first >= 0 and first + step_blocks <= len(packed)
             role.require(inside, f"load_weights: block {first} is not among the {len(packed)} of w_gmem")
@@ -146,12 +158,29 @@ def producer_words(cfg: Any) -> Words:
     }
 
 
-def _box(x_gmem: np.ndarray, token: int, column: int, share: int) -> np.ndarray:
+def box_of(x_gmem: np.ndarray, token: int, column: int, share: int) -> np.ndarray:
     """Chunks of ``share`` tokens × 64 columns as a tensor map brings them: zeros outside the tensor."""
     inside = x_gmem[token : token + share, column : column + BLOCK].view(np.uint16)
     box = np.zeros((share, BLOCK), np.uint16)
     box[: inside.shape[0], : inside.shape[1]] = inside
     return box.view(np.uint8).reshape(share, -1, CHUNK_BYTES)
+
+
+def slot_to_multiply(cfg: Any, role: Role, ring: Ring, turn: int) -> int:
+    """The slot of ``turn``, which ``role`` may multiply now."""
+    fill, slot = fill_and_slot(cfg, role, turn)
+    what = f"multiplies slot {slot} (turn {turn})"
+    known = role.knows(ring.full[slot], fill + 1)
+    role.require(known, f"{what} without having waited until it was full; say wait_full first")
+    role.require(role.released[slot] == fill, f"{what}, which it has already released")
+    role.require(role.may_multiply, f"{what} out of turn; say await_turn() first")
+    return slot
+
+
+def groups_of(cfg: Any) -> list[range]:
+    """Which blocks of 64 columns of a step each ``wgmma`` group multiplies."""
+    columns = range(cfg.tile_k // BLOCK)
+    return [range(j, j + 1) for j in columns] if cfg.ordered else [columns]
 
 
 def consumer_words(cfg: Any) -> Words:
@@ -161,10 +190,6 @@ def consumer_words(cfg: Any) -> Words:
 
     def accumulator(role: Role) -> Accumulator:
         return Accumulator(np.full((WARPGROUP, cfg.sums), np.nan, np.float32))
-
-    def zero(role: Role, acc: Accumulator) -> None:
-        check_settled(role, acc, "zero")
-        acc.sums[:] = 0
 
     def wait_full(role: Role, ring: Ring, turn: int) -> None:
         fill, slot = fill_and_slot(cfg, role, turn)
@@ -176,35 +201,27 @@ def consumer_words(cfg: Any) -> Words:
         mine = role.cta.ring.memory[slot, at : at + cfg.blocks * cfg.weight_bytes]
         return mine.reshape(cfg.blocks, step_blocks, BLOCK_BYTES)
 
-    def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int) -> None:
-        fill, slot = fill_and_slot(cfg, role, turn)
-        known = role.knows(ring.full[slot], fill + 1)
-        role.require(
-            known, f"multiplies slot {slot} (turn {turn}) without having waited until it was full; say wait_full first"
-        )
-        role.require(
-            role.released[slot] == fill, f"multiplies slot {slot} (turn {turn}), which it has already released"
-        )
-        role.groups.append(Group(acc, slot, turn, metadata_registers(packed(role, slot))))
+    def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
+        slot = slot_to_multiply(cfg, role, ring, turn)
+        tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
+        blocks = packed(role, slot)
+        metadata = metadata_registers(blocks)
 
-    def finish_oldest(role: Role) -> None:
-        """The hardware reads operands at any time before a wait returns; this is the latest."""
-        group = role.groups.popleft()
-        tokens = role.cta.ring.memory[group.slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
-        blocks = packed(role, group.slot)
-        for i in range(cfg.blocks):
-            sums = group.acc.sums[:, i * block_sums : (i + 1) * block_sums]
-            for j in range(step_blocks):
-                for half in (0, 1):
-                    d = sparse_product(tokens[j], blocks[i, j], group.metadata[i, j, half], half, dtype)
-                    add_to_registers(sums, d)
+        def multiply(columns: range) -> None:
+            for i in range(cfg.blocks):
+                sums = acc.sums[:, i * block_sums : (i + 1) * block_sums]
+                if not keep and columns.start == 0:
+                    sums[:] = 0
+                for j in columns:
+                    for half in (0, 1):
+                        d = sparse_product(tokens[j], blocks[i, j], metadata[i, j, half], half, dtype)
+                        add_to_registers(sums, d)
+
+        for columns in groups_of(cfg):
+            role.groups.append(Group(acc, slot, turn, functools.partial(multiply, columns)))
 
     def wait_for_all_but(count: int) -> Callable[[Role], None]:
-        def wait(role: Role) -> None:
-            while len(role.groups) > count:
-                finish_oldest(role)
-
-        return wait
+        return lambda role: role.finish_groups(but=count)
 
     def release(role: Role, ring: Ring, turn: int) -> None:
         fill, slot = fill_and_slot(cfg, role, turn)
@@ -224,7 +241,6 @@ def consumer_words(cfg: Any) -> Words:
 
     return {
         "accumulator": accumulator,
-        "zero": zero,
         "wait_full": wait_full,
         "wgmma_sp": wgmma_sp,
         "wait_wgmma": wait_for_all_but(0),

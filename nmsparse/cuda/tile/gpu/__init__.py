@@ -13,7 +13,8 @@ from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import address_of, callable_of, registers, teach
-from .store import make_store, sequence
+from .epilogue import store_words
+from .store import partial_words, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
@@ -21,8 +22,14 @@ jit = cuda.jit(device=True, forceinline=True)
 
 divide = callable_of(memory.divide)
 teach(schedule.divide, lambda a, b: i32(divide(a, b)))
-for function in (schedule.whole_tiles, schedule.pieces, schedule.piece, schedule.place):
+for function in (schedule.whole_tiles, schedule.pieces, schedule.piece, schedule.place, schedule.run_of):
     teach(function)
+
+
+@jit
+def nothing(*args):
+    """What a kernel says in place of a word that its weights do not need."""
+    return 0
 
 
 def descriptor(leading: int, stride: int, swizzle: int = 0) -> int:
@@ -37,13 +44,13 @@ def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, as a module that a kernel text receives."""
     tile = ModuleType("tile")
     tile.PRODUCER = -1
-    for part in (_place_words, _ring_words, _producer_words, _consumer_words, make_store):
+    for part in (place_words, ring_words, producer_words, consumer_words, partial_words, store_words):
         for word, function in part(cfg).items():
             setattr(tile, word, function)
     return tile
 
 
-def _place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     TILE_M, TILE_T, STEP, CLUSTER, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, cfg.cluster, cfg.group
     rank = callable_of(memory.cluster_rank)
     pieces_of, piece_of, place_of = schedule.pieces, schedule.piece, schedule.place
@@ -67,7 +74,8 @@ def _place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def piece(index, tiles, split, parts, steps):
-        return piece_of(index, worker(), workers(), tiles, split, parts, steps)
+        number, first, last = piece_of(index, worker(), workers(), tiles, split, parts, steps)
+        return i32(number), i32(first), i32(last)
 
     @jit
     def place(number, row_tiles, token_tiles):
@@ -87,10 +95,10 @@ def _place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     return {"grid": grid, "pieces": pieces, "piece": piece, "place": place, "role": role, "elect": elect}
 
 
-def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     STAGES, CLUSTER = cfg.stages, cfg.cluster
     ARRIVALS = 4 * cfg.warpgroups * CLUSTER  # one of each consumer warp
-    BARRIERS = cfg.barrier_offset
+    BARRIERS, FILLERS = cfg.barrier_offset, cfg.fillers
     to_shared, init = callable_of(memory.cvta_shared), callable_of(barrier.init)
     fence_init, fence_async = callable_of(memory.fence_mbarrier_init), callable_of(memory.fence_proxy_async)
     block_barrier, wait = callable_of(barrier.block_barrier), callable_of(barrier.wait)
@@ -113,7 +121,7 @@ def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         base = (to_shared(address_of(cuda.shared.array(0, types.uint8))) + 1023) & ~1023
         if cuda.threadIdx.x == 0:
             for slot in range(STAGES):
-                init(base + BARRIERS + 8 * slot, 1)
+                init(base + BARRIERS + 8 * slot, FILLERS)
                 init(base + BARRIERS + 8 * (STAGES + slot), ARRIVALS)
             fence_init()
             fence_async()
@@ -161,10 +169,10 @@ def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     STAGES, SLOT, CLUSTER, BLOCKS = cfg.stages, cfg.slot_bytes, cfg.cluster, cfg.warpgroups * cfg.blocks
     STEP, TILE_T, TOKENS, WEIGHTS = cfg.tile_k // BLOCK, cfg.tile_t, cfg.token_bytes, cfg.weight_bytes
-    BARRIERS = cfg.barrier_offset
+    BARRIERS, HEIGHT = cfg.barrier_offset, cfg.height
     SHARE = TILE_T // CLUSTER  # tokens that one CTA of the cluster brings for all
     EVERYONE = (1 << CLUSTER) - 1
     prefetch_map = callable_of(copy.tensor_prefetch)
@@ -175,7 +183,7 @@ def _producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def present(row, rows):
         """Blocks of row tile ``row`` that exist."""
-        blocks = (rows + BLOCK - 1) // BLOCK - row * BLOCKS
+        blocks = (rows + HEIGHT - 1) // HEIGHT - row * BLOCKS
         return min(max(blocks, 0), BLOCKS)
 
     @jit
@@ -211,9 +219,10 @@ def _producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     return {"prefetch": prefetch, "expect": expect, "load_tokens": load_tokens, "load_weights": load_weights}
 
 
-def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+def consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     STAGES, SLOT, STEP = cfg.stages, cfg.slot_bytes, cfg.tile_k // BLOCK
-    TILE_T, TOKENS, WEIGHTS, SUMS, BLOCKS = cfg.tile_t, cfg.token_bytes, cfg.weight_bytes, cfg.sums, cfg.blocks
+    TILE_T, TOKENS, WEIGHTS, BLOCKS = cfg.tile_t, cfg.token_bytes, cfg.weight_bytes, cfg.blocks
+    ORDERED = cfg.ordered
     A_DESCRIPTOR = u64(descriptor(leading=128, stride=512))
     B_DESCRIPTOR = u64(descriptor(leading=16, stride=1024, swizzle=1))
     multiplies = [callable_of(wgmma.wgmma_sp(TILE_T, cfg.dtype), first=i * TILE_T // 2) for i in range(BLOCKS)]
@@ -221,28 +230,40 @@ def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     wait_0, wait_1 = callable_of(wgmma.wait(0)), callable_of(wgmma.wait(1))
     metadata = callable_of(memory.load("shared", "u32", 2))
 
-    @jit
-    def zero(acc):
-        for i in range(SUMS):
-            acc[i] = f32(0)
+    meta_registers = registers(2 * STEP * BLOCKS, "u32")
 
-    def step_of(i, j):
-        """Columns 64j..64j+63 of the slot times rows 64i..64i+63 of the warpgroup: two k32 instructions."""
-        multiply, block = multiplies[i], i * WEIGHTS + j * BLOCK_BYTES
-        A, B = u64(block // 16), u64(j * TILE_T * 8)
-
+    def load_meta(i, j):
         @jit
-        def part(acc, weights, word, a, b):
-            even, odd = metadata(weights + block + VALUE_BYTES + word)
-            multiply(acc, a + A, b + B, even, 1)
-            multiply(acc, a + A + u64(256 // 16), b + B + u64(64 // 16), odd, 1)
+        def part(meta, at):
+            n = 2 * (j * BLOCKS + i)
+            meta[n], meta[n + 1] = metadata(at + u32(i * WEIGHTS + j * BLOCK_BYTES))
 
         return part
 
-    steps = sequence([step_of(i, j) for j in range(STEP) for i in range(BLOCKS)])
+    def step_of(i, j):
+        """Columns 64j..64j+63 of the slot times rows 64i..64i+63 of the warpgroup: two k32 instructions."""
+        multiply, n, block = multiplies[i], 2 * (j * BLOCKS + i), i * WEIGHTS + j * BLOCK_BYTES
+        A, B = u64(block // 16), u64(j * TILE_T * 8)
+
+        @jit
+        def part(acc, meta, a, b, keep):
+            multiply(acc, a + A, b + B, meta[n], u32(keep) if j == 0 else u32(1))
+            multiply(acc, a + A + u64(256 // 16), b + B + u64(64 // 16), meta[n + 1], 1)
+
+        return part
 
     @jit
-    def wgmma_sp(acc, ring, turn):
+    def commit_columns(acc, meta, a, b, keep):
+        commit()
+
+    # Metadata first: a load between two products of a group would make ptxas wait for the first of them.
+    load_all = sequence([load_meta(i, j) for j in range(STEP) for i in range(BLOCKS)])
+    # Consumers that take turns make a group of each 64 columns: when all but one are done, the other may begin.
+    columns = [[step_of(i, j) for i in range(BLOCKS)] + [commit_columns] * ORDERED for j in range(STEP)]
+    multiply_all = sequence([part for column in columns for part in column])
+
+    @jit
+    def wgmma_sp(acc, ring, turn, keep):
         thread = u32(cuda.threadIdx.x)
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
         weights = slot + TOKENS + (thread // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
@@ -251,9 +272,12 @@ def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
         a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
         b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR
+        meta = meta_registers()
+        load_all(meta, u32(weights + u32(VALUE_BYTES) + word))
         fence()
-        steps(acc, u32(weights), u32(word), a, b)
-        commit()
+        multiply_all(acc, meta, a, b, keep)
+        if not ORDERED:
+            commit()
 
     @jit
     def wait_wgmma():
@@ -264,8 +288,7 @@ def _consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         wait_1()
 
     return {
-        "accumulator": registers(SUMS),
-        "zero": zero,
+        "accumulator": registers(cfg.sums),
         "wgmma_sp": wgmma_sp,
         "wait_wgmma": wait_wgmma,
         "wait_wgmma_but_one": wait_wgmma_but_one,

@@ -9,31 +9,36 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES, EMPTY, VALUE_BYTES
-from ...ptx import barrier, memory, mma
+from ...ptx import arithmetic, barrier, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
+from . import jit, nothing  # and that module's divide for the schedule
+from .grouped import picks_word
 from .store import sequence
 
-u16, u32, u64, f32 = types.uint16, types.uint32, types.uint64, types.float32
+u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
 
-jit = cuda.jit(device=True, forceinline=True)
+Words = dict[str, Callable[..., Any]]
 
 
 def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config.GemvConfig`."""
     tile = ModuleType("tile")
     tile.BLOCKS_A_ROUND = cfg.warps * cfg.batch
-    for word, function in {**_load_words(cfg), **_sum_words(cfg)}.items():
-        setattr(tile, word, function)
+    for words in (weight_words(cfg), _pick_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)):
+        for word, function in words.items():
+            setattr(tile, word, function)
     return tile
 
 
-def _load_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    BATCH, GROUPS = cfg.batch, cfg.tile_t // 8
-    NO_META = u32(EMPTY * 0x10001)
+def weight_words(cfg: Any) -> Words:
+    """Weights, and of Samoyeds their picks, from memory to registers."""
+    BATCH = cfg.batch
+    NO_META, divide = u32(EMPTY * 0x10001), schedule.divide
     read = callable_of(memory.load("global", "u32", hint="L1::no_allocate"))
     read_meta = callable_of(memory.load("global", "u32", 2, hint="L1::no_allocate"))
-    read_token = callable_of(memory.load("global", "u32"))
+    read_pick = callable_of(memory.load("global", "u8", hint="nc"))
 
     @jit
     def first_block():
@@ -41,11 +46,10 @@ def _load_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     def load_block(i):
         @jit
-        def part(a, e, w_gmem, block, k_blocks):
-            lane, slice_ = cuda.threadIdx.x % 32, cuda.blockIdx.x % 4
+        def part(a, e, w_gmem, slab, block, k_blocks):
+            lane, slice_ = cuda.threadIdx.x % 32, slab % 4
             if block + i < k_blocks:
-                down = cuda.blockIdx.x // 4
-                base = w_gmem + (u64(down) * u64(k_blocks) + u64(block + i)) * u64(BLOCK_BYTES)
+                base = w_gmem + (u64(slab // 4) * u64(k_blocks) + u64(block + i)) * u64(BLOCK_BYTES)
                 values = base + u64(slice_ * 1024 + lane * 4)
                 for step in range(2):
                     for register in range(4):
@@ -60,6 +64,42 @@ def _load_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
         return part
 
+    def load_pick(i):
+        @jit
+        def part(odd, picks, block, run_blocks, runs):
+            run = min(i32(divide(block + i, run_blocks)), runs - 1)
+            odd[2 * i], odd[2 * i + 1] = read_pick(picks[0] + u64(run)), read_pick(picks[1] + u64(run))
+
+        return part
+
+    return {
+        "first_block": first_block,
+        "load_weights": sequence([load_block(i) for i in range(BATCH)]),
+        "load_picks": sequence([load_pick(i) for i in range(BATCH)]) if cfg.pairs else nothing,
+        "weight_registers": registers(8 * BATCH, "u32"),
+        "meta_registers": registers(2 * BATCH, "u32"),
+        "pick_registers": registers(2 * BATCH, "u32"),
+    }
+
+
+def _pick_words(cfg: Any) -> Words:
+    of_slab = picks_word(gated=False)
+
+    @jit
+    def slab():
+        return i32(cuda.blockIdx.x)
+
+    @jit
+    def picks(picks_gmem, slab, rows, runs):
+        return of_slab(picks_gmem, 0, slab, (rows + 1) // 2, runs)
+
+    return {"slab": slab, "picks": picks if cfg.pairs else nothing}
+
+
+def _token_words(cfg: Any) -> Words:
+    BATCH, GROUPS = cfg.batch, cfg.tile_t // 8
+    read = callable_of(memory.load("global", "u32"))
+
     def load_columns(i, group):
         @jit
         def part(b, x_gmem, block, tokens, columns, x_pitch):
@@ -68,79 +108,114 @@ def _load_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             for register in range(8):
                 value = u32(0)
                 if token < tokens and column + 8 * register < columns:
-                    value = read_token(row + u64(16 * register))
+                    value = read(row + u64(16 * register))
                 b[(i * GROUPS + group) * 8 + register] = value
 
         return part
 
     return {
-        "first_block": first_block,
-        "load_weights": sequence([load_block(i) for i in range(BATCH)]),
         "load_tokens": sequence([load_columns(i, group) for i in range(BATCH) for group in range(GROUPS)]),
-        "weight_registers": registers(8 * BATCH, "u32"),
-        "meta_registers": registers(2 * BATCH, "u32"),
         "token_registers": registers(8 * BATCH * GROUPS, "u32"),
     }
 
 
-def _sum_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    BATCH, GROUPS, WARPS, THREADS, BIAS = cfg.batch, cfg.tile_t // 8, cfg.warps, cfg.threads, cfg.bias
-    SUMS, OUTPUTS = 4 * GROUPS, 16 * cfg.tile_t
-    multiplies = [callable_of(mma.mma_sp(cfg.dtype), first=4 * group) for group in range(GROUPS)]
-    block_barrier, to_shared = callable_of(barrier.block_barrier), callable_of(memory.cvta_shared)
-    put, get = callable_of(memory.store("shared", "f32")), callable_of(memory.load("shared", "f32"))
-    pack, unpack = callable_of(memory.pack(cfg.dtype)), callable_of(memory.unpack(cfg.dtype))
-    get_bias, write = callable_of(memory.load("global", "u16")), callable_of(memory.store("global", "u16"))
+def sum_words(cfg: Any) -> Words:
+    """Products of a warp and their sums: of Samoyeds those of a block, of the even and of the odd rows."""
+    BATCH, GROUPS, PAIRS, SETS, TILE_T = cfg.batch, cfg.tile_t // 8, cfg.pairs, cfg.sets, cfg.tile_t
+    SUMS = 4 * GROUPS  # of a set
+    FIRST = SUMS if PAIRS else 0  # of those that are outputs
+    add = arithmetic.add_to_one_of_two(2)
+    block_barrier, put = callable_of(barrier.block_barrier), callable_of(memory.store("shared", "f32"))
+    base = _sums_word()
 
     @jit
     def zero(acc):
-        for i in range(SUMS):
+        for i in range(FIRST + SETS * SUMS):
             acc[i] = f32(0)
 
-    def step_of(i, step, group):
-        multiply, A, B = multiplies[group], 8 * i + 4 * step, (i * GROUPS + group) * 8 + 4 * step
+    def step_of(i, group):
+        A, B, R = 8 * i, (i * GROUPS + group) * 8, 4 * group
+        multiply = callable_of(mma.mma_sp(cfg.dtype), first=R)
+        lower, upper = (
+            callable_of(add, places=[SUMS + c, SUMS + c + 1, 2 * SUMS + c, 2 * SUMS + c + 1]) for c in (R, R + 2)
+        )
 
         @jit
-        def part(acc, a, e, b):
-            multiply(acc, a[A], a[A + 1], a[A + 2], a[A + 3], b[B], b[B + 1], b[B + 2], b[B + 3], e[2 * i + step])
+        def part(acc, a, e, b, odd):
+            if PAIRS:
+                for j in range(4):
+                    acc[R + j] = f32(0)
+            multiply(acc, a[A], a[A + 1], a[A + 2], a[A + 3], b[B], b[B + 1], b[B + 2], b[B + 3], e[2 * i])
+            multiply(acc, a[A + 4], a[A + 5], a[A + 6], a[A + 7], b[B + 4], b[B + 5], b[B + 6], b[B + 7], e[2 * i + 1])
+            if PAIRS:
+                lower(acc, acc[R], acc[R + 1], odd[2 * i])
+                upper(acc, acc[R + 2], acc[R + 3], odd[2 * i + 1])
 
         return part
 
     @jit
-    def sums():
-        return to_shared(address_of(cuda.shared.array(0, f32)))
-
-    @jit
     def share(acc):
-        """D[row, token] of this warp to ``[warp][token][row]``."""
+        """D[row, token] of each set of this warp to ``[warp][set][token][row]``."""
         warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-        base = sums() + u32(warp * OUTPUTS * 4)
-        for i in range(SUMS):
-            row, token = lane // 4 + i % 4 // 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
-            put(base + u32((token * 16 + row) * 4), acc[i])
+        mine = base() + u32(warp * SETS * TILE_T * 64)
+        for half in range(SETS):
+            for i in range(SUMS):
+                row, token = lane // 4 + i % 4 // 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
+                put(mine + u32(((half * TILE_T + token) * 16 + row) * 4), acc[FIRST + half * SUMS + i])
 
     @jit
     def barrier_():
         block_barrier()
 
-    @jit
-    def store(y_gmem, bias_gmem, rows, tokens, y_pitch):
-        for output in range(cuda.threadIdx.x, OUTPUTS, THREADS):
-            token, row = output // 16, cuda.blockIdx.x * 16 + output % 16
-            if token < tokens and row < rows:
-                total = f32(0)
-                for warp in range(WARPS):
-                    total += get(sums() + u32((warp * OUTPUTS + output) * 4))
-                if BIAS:
-                    total += unpack(u32(get_bias(bias_gmem + u64(row * 2))))
-                write(y_gmem + (u64(token) * u64(y_pitch) + u64(row)) * u64(2), u16(pack(total, f32(0)) & u32(0xFFFF)))
-
-    steps = [step_of(i, step, group) for i in range(BATCH) for step in range(2) for group in range(GROUPS)]
     return {
-        "accumulator": registers(SUMS),
+        "accumulator": registers(FIRST + SETS * SUMS),
         "zero": zero,
-        "mma_sp": sequence(steps),
+        "mma_sp": sequence([step_of(i, group) for i in range(BATCH) for group in range(GROUPS)]),
         "share": share,
         "barrier": barrier_,
-        "store": store,
     }
+
+
+def _sums_word() -> Callable[..., Any]:
+    to_shared = callable_of(memory.cvta_shared)
+
+    @jit
+    def sums():
+        return to_shared(address_of(cuda.shared.array(0, f32)))
+
+    return sums
+
+
+def total_word(cfg: Any) -> Callable[..., Any]:
+    """The sum of all warps, in their order."""
+    WARPS, SETS, TILE_T = cfg.warps, cfg.sets, cfg.tile_t
+    get, base = callable_of(memory.load("shared", "f32")), _sums_word()
+
+    @jit
+    def total(half, token, row):
+        found = f32(0)
+        for warp in range(WARPS):
+            found += get(base() + u32((((warp * SETS + half) * TILE_T + token) * 16 + row) * 4))
+        return found
+
+    return total
+
+
+def _store_words(cfg: Any) -> Words:
+    THREADS, SETS, OUTPUTS, TILE_T, BIAS = cfg.threads, cfg.sets, cfg.outputs, cfg.tile_t, cfg.bias
+    total = total_word(cfg)
+    pack, unpack = callable_of(memory.pack(cfg.dtype)), callable_of(memory.unpack(cfg.dtype))
+    get_bias, write = callable_of(memory.load("global", "u16")), callable_of(memory.store("global", "u16"))
+
+    @jit
+    def store(y_gmem, bias_gmem, slab, rows, tokens, y_pitch):
+        for index in range(cuda.threadIdx.x, OUTPUTS * TILE_T, THREADS):
+            token, output = index // OUTPUTS, index % OUTPUTS
+            row = slab * OUTPUTS + output
+            if token < tokens and row < rows:
+                value = total(output % SETS, token, output // SETS)
+                if BIAS:
+                    value += unpack(u32(get_bias(bias_gmem + u64(row * 2))))
+                write(y_gmem + (u64(token) * u64(y_pitch) + u64(row)) * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
+
+    return {"store": store}

@@ -14,7 +14,8 @@ from ...layout import BLOCK, BLOCK_BYTES
 from ...ptx import barrier, copy, matrix, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
 from . import jit  # and that module's divide for the schedule
-from .store import sequence, write_line
+from .store import collect, make_bias, sequence, write_line
+from .warp_samoyeds import run_words, stage_pairs
 
 __all__ = ["make"]
 
@@ -31,29 +32,15 @@ weights_place, metadata_place = map(jit, (config_mma.weights_place, config_mma.m
 def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, as a module that a kernel text receives."""
     tile = ModuleType("tile")
-    for part in (_place_words, _weight_words, _token_words, _product_words, _partial_words, _store_words):
+    for part in (_place_words, _weight_words, _token_words, _product_words, run_words, _partial_words, _store_words):
         for word, function in part(cfg).items():
             setattr(tile, word, function)
     return tile
 
 
-def collect(parts: list[Callable[..., Any]]) -> Callable[..., Any]:
-    """One device function that returns the tuples of ``parts`` as one tuple."""
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    first, second = collect(parts[:half]), collect(parts[half:])
-
-    @jit
-    def both(*args):
-        return first(*args) + second(*args)
-
-    return both
-
-
 def _place_words(cfg: Any) -> Words:
     TILE_M, TILE_T, STEP, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, cfg.group
-    pieces_of, piece_of, place_of = schedule.pieces, schedule.piece, schedule.place
+    pieces_of, piece_of, place_of, run_at = schedule.pieces, schedule.piece, schedule.place, schedule.run_of
     to_shared, worker = callable_of(memory.cvta_shared), callable_of(memory.read_again("ctaid.x"))
 
     @jit
@@ -78,12 +65,17 @@ def _place_words(cfg: Any) -> Words:
         row, token = place_of(number, row_tiles, token_tiles, GROUP)
         return i32(row), i32(token)
 
-    return {"ring": ring, "grid": grid, "pieces": pieces, "piece": piece, "place": place}
+    @jit
+    def run_of(step, run_steps):
+        run, left = run_at(step, run_steps)
+        return i32(run), i32(left)
+
+    return {"ring": ring, "grid": grid, "pieces": pieces, "piece": piece, "place": place, "run_of": run_of}
 
 
 def _weight_words(cfg: Any) -> Words:
     STAGES, SLOT, TOKENS, WEIGHTS = cfg.stages, cfg.slot_bytes, cfg.token_bytes, cfg.weight_bytes
-    BLOCKS = cfg.tile_m // BLOCK
+    BLOCKS, HEIGHT = cfg.tile_rows // BLOCK, cfg.height
     LOADERS = cfg.threads // BLOCKS  # threads that load one row of blocks
     PASSES = -(-WEIGHTS // (16 * LOADERS))
     cp_async, commit_group = callable_of(copy.cp_async(16)), callable_of(copy.commit)
@@ -94,7 +86,7 @@ def _weight_words(cfg: Any) -> Words:
         thread = u32(cuda.threadIdx.x)
         mine, at = thread // u32(LOADERS), thread % u32(LOADERS) * 16
         # A block beyond the last row is the last block once more: valid metadata, and rows that are not stored.
-        line = min(i32(row * BLOCKS + mine), i32((rows - 1) // BLOCK))
+        line = min(i32(row * BLOCKS + mine), i32((rows - 1) // HEIGHT))
         first = w_gmem + u64(line) * u64(k_blocks) * u64(BLOCK_BYTES) + u64(at)
         source = first + u64(u32(step)) * u64(WEIGHTS)
         target = u32(ring + u32(step) % u32(STAGES) * u32(SLOT) + TOKENS + mine * WEIGHTS + at)
@@ -302,14 +294,14 @@ def _product_words(cfg: Any) -> Words:
 
 
 def _partial_words(cfg: Any) -> Words:
-    (HIGH, WIDE), THREADS, thread_again = cfg.atoms, cfg.threads, callable_of(memory.read_again("tid.x"))
-    QUADS = HIGH * WIDE
+    (FIRST, LAST), THREADS, thread_again = cfg.kept, cfg.threads, callable_of(memory.read_again("tid.x"))
+    QUADS = (LAST - FIRST) // 4
     meet = callable_of(barrier.block_barrier)
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
 
     def put_quad(i):
-        A, B, C, D = range(4 * i, 4 * i + 4)
+        A, B, C, D = range(FIRST + 4 * i, FIRST + 4 * i + 4)
 
         @jit
         def part(acc, at):
@@ -318,7 +310,7 @@ def _partial_words(cfg: Any) -> Words:
         return part
 
     def add_quad(i):
-        A, B, C, D = range(4 * i, 4 * i + 4)
+        A, B, C, D = range(FIRST + 4 * i, FIRST + 4 * i + 4)
 
         @jit
         def part(acc, at):
@@ -359,22 +351,38 @@ def _partial_words(cfg: Any) -> Words:
 
 
 def _store_words(cfg: Any) -> Words:
-    """The epilogue. A thread's sums lie along tokens, a token of the output along rows: 8×8 pieces are turned in
-    registers and staged in shared memory, after which threads write 16 bytes each of consecutive outputs.
+    """The epilogue: outputs are staged in shared memory, a token after the other, from where threads write 16 bytes
+    each of consecutive ones.
     """
-    (HIGH, WIDE), WARPS_T, TILE_M, TILE_T, BIAS = cfg.atoms, cfg.warps_t, cfg.tile_m, cfg.tile_t, cfg.bias
+    (HIGH, WIDE), WARPS_T, TILE_M, TILE_T = cfg.atoms, cfg.warps_t, cfg.tile_m, cfg.tile_t
     STAGED, THREADS, thread_again = cfg.staged_bytes, cfg.threads, callable_of(memory.read_again("tid.x"))
     LINE = TILE_M // 8  # pieces of 16 bytes that a token has
-    meet, pack = callable_of(barrier.block_barrier), callable_of(memory.pack(cfg.dtype))
-    unpack, get_bias = callable_of(memory.unpack(cfg.dtype)), callable_of(memory.load("global", "u16"))
-    turn, stage = callable_of(matrix.movmatrix_trans), callable_of(memory.store("shared", "u32"))
-    read = callable_of(memory.load("shared", "u32", 4))
+    stage = stage_pairs(cfg) if cfg.pairs else _stage_rows(cfg)
+    meet, read = callable_of(barrier.block_barrier), callable_of(memory.load("shared", "u32", 4))
 
     @jit
-    def bias_of(bias_gmem, row, rows):
-        if BIAS and row < rows:
-            return unpack(u32(get_bias(bias_gmem + u64(row) * u64(2))))
-        return f32(0)
+    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
+        thread = i32(thread_again())
+        lane, warp = thread % 32, thread // 32
+        meet()  # all warps are done with the ring
+        m, t = warp // WARPS_T * (16 * HIGH), warp % WARPS_T * (8 * WIDE)
+        stage(acc, ring, lane, m, t, bias_gmem, row * TILE_M, rows)
+        meet()
+        for piece in range(thread, TILE_T * LINE, THREADS):
+            number, first = token * TILE_T + piece // LINE, row * TILE_M + piece % LINE * 8
+            if number < tokens and first < rows:
+                a, b, c, d = read(u32(ring + piece // LINE * STAGED + piece % LINE * 16))
+                write_line(y_gmem + (u64(number) * u64(pitch) + u64(first)) * u64(2), a, b, c, d, first, rows)
+        meet()  # the ring fills again
+
+    return {"store": store}
+
+
+def _stage_rows(cfg: Any) -> Callable[..., Any]:
+    """A thread's sums lie along tokens, a token of the output along rows: 8×8 pieces are turned in registers."""
+    (HIGH, WIDE), STAGED = cfg.atoms, cfg.staged_bytes
+    bias_of, pack = make_bias(cfg), callable_of(memory.pack(cfg.dtype))
+    turn, put = callable_of(matrix.movmatrix_trans), callable_of(memory.store("shared", "u32"))
 
     def stage_atom(i, j):
         A, B, C, D = range(4 * (i * WIDE + j), 4 * (i * WIDE + j) + 4)
@@ -382,8 +390,8 @@ def _store_words(cfg: Any) -> Words:
 
         @jit
         def part(acc, at, low, high):
-            stage(u32(at + AT), turn(pack(acc[A] + low, acc[B] + low)))
-            stage(u32(at + AT + 16), turn(pack(acc[C] + high, acc[D] + high)))
+            put(u32(at + AT), turn(pack(acc[A] + low, acc[B] + low)))
+            put(u32(at + AT + 16), turn(pack(acc[C] + high, acc[D] + high)))
 
         return part
 
@@ -399,19 +407,8 @@ def _store_words(cfg: Any) -> Words:
     stage_all = sequence([stage_row(i) for i in range(HIGH)])
 
     @jit
-    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
-        thread = i32(thread_again())
-        lane, warp = thread % 32, thread // 32
-        m, t = warp // WARPS_T * (16 * HIGH), warp % WARPS_T * (8 * WIDE)
-        meet()  # all warps are done with the ring
+    def stage(acc, ring, lane, m, t, bias_gmem, first, rows):
         at = ring + (t + lane // 4) * STAGED + (m + lane % 4 * 2) * 2
-        stage_all(acc, at, bias_gmem, row * TILE_M + m + lane // 4, rows)
-        meet()
-        for piece in range(thread, TILE_T * LINE, THREADS):
-            number, first = token * TILE_T + piece // LINE, row * TILE_M + piece % LINE * 8
-            if number < tokens and first < rows:
-                a, b, c, d = read(u32(ring + piece // LINE * STAGED + piece % LINE * 16))
-                write_line(y_gmem + (u64(number) * u64(pitch) + u64(first)) * u64(2), a, b, c, d, first, rows)
-        meet()  # the ring fills again
+        stage_all(acc, at, bias_gmem, first + m + lane // 4, rows)
 
-    return {"store": store}
+    return stage

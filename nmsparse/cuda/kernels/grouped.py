@@ -1,0 +1,70 @@
+"""The grouped product on Hopper: all experts of an MoE projection in one launch, each on the tokens routed to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_grouped"]
+
+
+def make_grouped(tile: Any, cfg: Any) -> Any:
+    """``Y[s] = act(W[e] · X[rows[s]])`` for the positions s of every expert e; W 2:4, Samoyeds 1:2 or dense.
+
+    In NumPy: ``for e: s = slice(ends[e - 1], ends[e]); Y[s] = act(X[rows[s]] @ W[e].T)``, where act of gated weights
+    is ``act(gate) * up``.
+
+    ``plan_gmem`` (:mod:`~nmsparse.cuda.kernels.route`) holds the ends of the experts' positions and of their tiles of
+    tokens: the schedule is known to the device only. The producer brings an expert's weights by the copy engine and
+    its tokens from wherever they are. The consumers take turns at the tensor cores. What a run is, :mod:`~.samoyeds`
+    says; other weights have a single one.
+    """
+
+    def grouped(
+        w_gmem, picks_gmem, x_gmem, rows_gmem, y_gmem, plan_gmem,
+        experts, rows, row_blocks, k_blocks, columns, x_pitch, outputs, y_pitch, run_steps, runs,
+    ):  # fmt: skip
+        ring = tile.ring()
+        row_tiles, steps = tile.grid(row_blocks, k_blocks)
+        tiles = tile.tiles(plan_gmem, experts, row_tiles)
+        role = tile.role()
+        turn = 0
+        if role == tile.PRODUCER:
+            tile.give_registers()
+            if tile.elect():
+                tokens = tile.token_registers()
+                for number in range(tile.worker(), tiles, tile.workers()):
+                    expert, row, first, end = tile.place(number, row_tiles, plan_gmem, experts)
+                    tile.find_tokens(tokens, rows_gmem, first, end, x_pitch)
+                    for step in range(steps):
+                        tile.wait_empty(ring, turn)
+                        tile.load_weights(ring, turn, w_gmem, expert, row, step, row_blocks, k_blocks)
+                        tile.load_tokens(ring, turn, x_gmem, tokens, step, columns)
+                        turn += 1
+        else:
+            tile.take_registers()
+            tile.take_turns()
+            acc = tile.accumulator()
+            for number in range(tile.worker(), tiles, tile.workers()):
+                expert, row, first, end = tile.place(number, row_tiles, plan_gmem, experts)
+                picks = tile.picks(picks_gmem, expert, row, rows, runs)
+                tile.zero(acc)
+                run, left, keep = 0, run_steps, False
+                for step in range(steps):
+                    odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
+                    tile.wait_full(ring, turn)
+                    tile.await_turn()
+                    tile.multiply(acc, ring, turn, keep)
+                    tile.pass_turn()
+                    tile.wait_wgmma()
+                    tile.release(ring, turn)
+                    turn += 1
+                    left -= 1
+                    keep = left > 0
+                    if left == 0 or step == steps - 1:
+                        tile.add_run(acc, odd)
+                        run += 1
+                        left = run_steps
+                tile.store(acc, ring, y_gmem, row, first, end, outputs, y_pitch)
+            tile.finish_stores()
+
+    return grouped

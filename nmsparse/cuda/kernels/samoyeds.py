@@ -1,0 +1,79 @@
+"""The Samoyeds product on Hopper: ``wgmma.sp`` on sub-rows, sums of runs handed to one of two outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["make_samoyeds"]
+
+
+def make_samoyeds(tile: Any, cfg: Any) -> Any:
+    """``Y[t, m] = Σ_k X[t, k] · W[m, k] + bias[m]``, W in Samoyeds format 1:2 with runs of V columns.
+
+    In NumPy: ``Y = X @ W.todense().T + bias``.
+
+    A packed row r is the sub-row of output rows 2r and 2r + 1: in each run of V columns it belongs to one of them,
+    which ``picks_gmem[r, run]`` says. ``wgmma`` adds up a run; at its end each thread adds these sums to those of the
+    even or of the odd row (the place where Samoyeds, EuroSys 2025, exchanges accumulators). While one consumer adds,
+    the tensor cores work for the other. All else is :mod:`~nmsparse.cuda.kernels.gemm`.
+    """
+
+    def samoyeds(
+        w_gmem, picks_gmem, x_gmem, y_gmem, bias_gmem, partial_gmem, flag_gmem,
+        rows, tokens, pitch, k_blocks, split, parts, run_steps, runs,
+    ):  # fmt: skip
+        tile.prefetch(x_gmem)
+        ring = tile.ring()
+        row_tiles, token_tiles, steps = tile.grid(rows, tokens, k_blocks)
+        tiles = row_tiles * token_tiles
+        pieces = tile.pieces(tiles, split, parts)
+        role = tile.role()
+        turn = 0
+        if role == tile.PRODUCER:
+            tile.give_registers()
+            if tile.elect():
+                for index in range(pieces):
+                    number, first, last = tile.piece(index, tiles, split, parts, steps)
+                    row, token = tile.place(number, row_tiles, token_tiles)
+                    for step in range(first, last):
+                        tile.wait_empty(ring, turn)
+                        tile.expect(ring, turn, row, rows)
+                        tile.load_tokens(ring, turn, x_gmem, token, step)
+                        tile.load_weights(ring, turn, w_gmem, row, step, rows, k_blocks)
+                        turn += 1
+        else:
+            tile.take_registers()
+            tile.take_turns()
+            acc = tile.accumulator()
+            for index in range(pieces):
+                number, first, last = tile.piece(index, tiles, split, parts, steps)
+                row, token = tile.place(number, row_tiles, token_tiles)
+                tile.zero(acc)
+                picks = tile.picks(picks_gmem, row, rows, runs)
+                run, left = tile.run_of(first, run_steps)
+                keep = False
+                for step in range(first, last):
+                    odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
+                    tile.wait_full(ring, turn)
+                    tile.await_turn()
+                    tile.wgmma_sp(acc, ring, turn, keep)
+                    tile.pass_turn()
+                    tile.wait_wgmma()
+                    tile.release(ring, turn)
+                    turn += 1
+                    left -= 1
+                    keep = left > 0
+                    if left == 0 or step == last - 1:
+                        tile.add_run(acc, odd)
+                        run += 1
+                        left = run_steps
+                if first > 0:
+                    tile.store_partial(acc, partial_gmem, flag_gmem)
+                else:
+                    if last < steps:
+                        tile.add_partials(acc, partial_gmem, flag_gmem, split, parts)
+                    tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)
+            tile.finish_stores()
+        tile.finish()
+
+    return samoyeds

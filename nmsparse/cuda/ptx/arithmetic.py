@@ -1,0 +1,32 @@
+"""Arithmetic on registers under a predicate.
+
+Source: PTX ISA, "Floating Point Instructions: add", "Predicated Execution".
+"""
+
+from __future__ import annotations
+
+from .instruction import Instruction, check
+
+__all__ = ["add_to_one_of_two"]
+
+
+def add_to_one_of_two(count: int) -> Instruction:
+    """``odd[i] += value[i]`` if the choice is not 0, else ``even[i] += value[i]``, for ``count`` numbers.
+
+    In place: the even ones, then the odd ones. Inputs: the values, the choice. Two predicated additions take half the
+    time of two selects, which run on a unit that is half as wide.
+
+    >>> add_to_one_of_two(1).text
+    '{ .reg .pred odd; setp.ne.u32 odd, $5, 0; @!odd add.f32 $0, $0, $4; @odd add.f32 $1, $1, $4; }'
+    """
+    check(count > 0, f"add_to_one_of_two: expected 1 number or more, got {count}")
+    adds = " ".join(
+        f"@!odd add.f32 ${i}, ${i}, ${4 * count + i}; @odd add.f32 ${count + i}, ${count + i}, ${4 * count + i};"
+        for i in range(count)
+    )
+    return Instruction(
+        f"{{ .reg .pred odd; setp.ne.u32 odd, ${5 * count}, 0; {adds} }}",
+        in_place=("f32",) * 2 * count,
+        inputs=("f32",) * count + ("u32",),
+        section="add",
+    )

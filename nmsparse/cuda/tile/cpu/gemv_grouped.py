@@ -1,0 +1,107 @@
+"""The words of :mod:`nmsparse.cuda.kernels.gemv_grouped` on NumPy; those it shares are in :mod:`.gemv`."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from .... import reference
+from ... import schedule
+from ...layout import BLOCK
+from . import gemv
+from .crew import KernelError
+from .gemv import LANE, Words, check_pitch, nothing, outputs_of, slab_picks, sum_words, total, weight_words
+
+__all__ = ["launch", "make", "plan_words"]
+
+
+def make(cfg: Any) -> SimpleNamespace:
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_grouped.GroupedGemvConfig`."""
+    words = (
+        plan_words(cfg),
+        _expert_words(cfg),
+        weight_words(cfg),
+        _token_words(cfg),
+        sum_words(cfg),
+        _store_words(cfg),
+    )
+    return SimpleNamespace(BLOCKS_A_ROUND=cfg.warps * cfg.batch, **{k: v for part in words for k, v in part.items()})
+
+
+launch = functools.partial(gemv.launch, make=make)
+
+
+def plan_words(cfg: Any) -> Words:
+    """Tiles of tokens as the plan says, experts side by side."""
+
+    def tiles(plan_gmem: np.ndarray, experts: int, row_tiles: int) -> int:
+        if plan_gmem.shape != (2 * experts,):
+            raise KernelError(f"plan: there are {plan_gmem.shape}, the kernel says {(2 * experts,)}")
+        return int(plan_gmem[2 * experts - 1]) * row_tiles
+
+    def place(number: int, row_tiles: int, plan_gmem: np.ndarray, experts: int) -> tuple[int, int, int, int]:
+        ends, tile_ends = plan_gmem[:experts], plan_gmem[experts:]
+        expert = int((tile_ends * row_tiles <= number).sum())  # how many have all their tiles before it
+        first, tiles_before = (int(ends[expert - 1]), int(tile_ends[expert - 1])) if expert else (0, 0)
+        token_tiles = int(tile_ends[expert]) - tiles_before
+        row, token = schedule.place(number - tiles_before * row_tiles, row_tiles, token_tiles, cfg.group)
+        return expert, row, first + token * cfg.tile_t, int(ends[expert])
+
+    return {"tiles": tiles, "place": place}
+
+
+def _expert_words(cfg: Any) -> Words:
+    def weights_of(w_gmem: np.ndarray, expert: int, row_blocks: int, k_blocks: int) -> np.ndarray:
+        if w_gmem.shape[1:3] != (row_blocks, k_blocks):
+            raise KernelError(f"weights_of: blocks are {w_gmem.shape[1:3]}, the kernel says {(row_blocks, k_blocks)}")
+        return w_gmem[expert]
+
+    def picks(picks_gmem: np.ndarray, expert: int, slab: int, rows: int, runs: int) -> Any:
+        return slab_picks(picks_gmem[expert], slab, rows, runs, cfg.gated)
+
+    return {"number": gemv.number, "weights_of": weights_of, "picks": picks if cfg.pairs else nothing}
+
+
+def _token_words(cfg: Any) -> Words:
+    batch = cfg.batch
+
+    def source(rows_gmem: Any, first: int, end: int, x_pitch: int) -> np.ndarray:
+        token = first + LANE // 4
+        exists = token < end
+        if cfg.gather:
+            token = rows_gmem[np.minimum(token, end - 1)].astype(np.int64)
+        return np.where(exists, token * x_pitch, -1)
+
+    def load_tokens(b: Any, x_gmem: np.ndarray, token: np.ndarray, block: int, columns: int) -> None:
+        flat = x_gmem.reshape(-1).view(np.uint16)
+        for i in range(batch):
+            for register in range(8):
+                column = (block + i) * BLOCK + LANE % 4 * 2 + 8 * register
+                inside = (token >= 0) & (column < columns)
+                at = np.where(inside, token + column, 0)
+                b[:, 8 * i + register] = np.where(inside, flat[at] | flat[at + 1].astype(np.uint32) << 16, 0)
+
+    return {
+        "source": source,
+        "load_tokens": load_tokens,
+        "token_registers": lambda: np.full((32, 8 * batch), 0xFFFFFFFF, np.uint32),
+    }
+
+
+def _store_words(cfg: Any) -> Words:
+    act = reference.ACTIVATIONS[cfg.activation]
+
+    def store(y_gmem: np.ndarray, slab: int, first: int, end: int, outputs: int, y_pitch: int) -> None:
+        check_pitch(y_gmem, y_pitch)
+        for token, output in outputs_of(cfg):
+            row, half = divmod(output, cfg.sets)
+            if first + token < end and slab * cfg.outputs + output < outputs:
+                value = act(total(half, token, row))
+                if cfg.gated:
+                    value = value * total(half, token, row + 8)
+                y_gmem[first + token, slab * cfg.outputs + output] = value
+
+    return {"store": store}

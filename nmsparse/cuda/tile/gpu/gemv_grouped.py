@@ -1,0 +1,103 @@
+"""The words of :mod:`nmsparse.cuda.kernels.gemv_grouped` that :mod:`~nmsparse.cuda.kernels.gemv` does not have."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from numba import cuda
+from numba.cuda import types
+
+from ...layout import BLOCK, BLOCK_BYTES
+from ...ptx import memory
+from ...ptx.numba_glue import callable_of, registers
+from . import jit, nothing
+from .activation import ACTIVATIONS
+from .gemv import Words, sum_words, total_word, weight_words
+from .grouped import picks_word, plan_words
+from .store import sequence
+
+u16, u32, u64, i32, i64, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.int64, types.float32
+
+
+def make(cfg: Any) -> ModuleType:
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_grouped.GroupedGemvConfig`."""
+    tile = ModuleType("tile")
+    tile.BLOCKS_A_ROUND = cfg.warps * cfg.batch
+    for words in (
+        plan_words(cfg),
+        _expert_words(cfg),
+        weight_words(cfg),
+        _token_words(cfg),
+        sum_words(cfg),
+        _store_words(cfg),
+    ):
+        for word, function in words.items():
+            setattr(tile, word, function)
+    return tile
+
+
+def _expert_words(cfg: Any) -> Words:
+    @jit
+    def number():
+        return i32(cuda.blockIdx.x)
+
+    @jit
+    def weights_of(w_gmem, expert, row_blocks, k_blocks):
+        return w_gmem + u64(expert) * u64(row_blocks) * u64(k_blocks) * u64(BLOCK_BYTES)
+
+    return {"number": number, "weights_of": weights_of, "picks": picks_word(cfg.gated) if cfg.pairs else nothing}
+
+
+def _token_words(cfg: Any) -> Words:
+    BATCH, GATHER = cfg.batch, cfg.gather
+    read, read_row = callable_of(memory.load("global", "u32")), callable_of(memory.load("global", "u32"))
+
+    @jit
+    def source(rows_gmem, first, end, x_pitch):
+        """Offset in X of this lane's token, 2 bytes a unit; -1 if it has none."""
+        token = first + i32(cuda.threadIdx.x) % 32 // 4
+        if token >= end:
+            return i64(-1)
+        if GATHER:
+            token = i32(read_row(rows_gmem + u64(token) * u64(4)))
+        return i64(token) * i64(x_pitch)
+
+    def load_columns(i):
+        @jit
+        def part(b, x_gmem, token, block, columns):
+            column = (block + i) * BLOCK + i32(cuda.threadIdx.x) % 4 * 2
+            row = x_gmem + u64(token + column) * u64(2)
+            for register in range(8):
+                value = u32(0)
+                if token >= 0 and column + 8 * register < columns:
+                    value = read(row + u64(16 * register))
+                b[8 * i + register] = value
+
+        return part
+
+    return {
+        "source": source,
+        "load_tokens": sequence([load_columns(i) for i in range(BATCH)]),
+        "token_registers": registers(8 * BATCH, "u32"),
+    }
+
+
+def _store_words(cfg: Any) -> Words:
+    THREADS, SETS, OUTPUTS, TILE_T, GATED = cfg.threads, cfg.sets, cfg.outputs, cfg.tile_t, cfg.gated
+    total, act = total_word(cfg), ACTIVATIONS[cfg.activation]
+    pack, write = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("global", "u16"))
+
+    @jit
+    def store(y_gmem, slab, first, end, outputs, y_pitch):
+        for index in range(cuda.threadIdx.x, OUTPUTS * TILE_T, THREADS):
+            token, output = index // OUTPUTS, index % OUTPUTS
+            row, half = output // SETS, output % SETS
+            if first + token < end and slab * OUTPUTS + output < outputs:
+                value = act(total(half, token, row))
+                if GATED:
+                    value *= total(half, token, row + 8)
+                at = u64(first + token) * u64(y_pitch) + u64(slab * OUTPUTS + output)
+                write(y_gmem + at * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
+
+    return {"store": store}
