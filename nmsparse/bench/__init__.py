@@ -19,27 +19,39 @@ from .gpu import device_facts
 from .timing import processor
 
 SUITES = ("import", "pack", "cpu")
-GPU_SUITES = ("gemm",)
+GPU_SUITES = ("gemm", "moe")
+LONG_SUITES = ("accuracy",)  # tens of minutes
 PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m nmsparse bench``."""
-    parser.add_argument("suite", choices=[*SUITES, *GPU_SUITES, "all"], help="what to measure; all: what needs no GPU")
+    parser.add_argument(
+        "suite",
+        choices=[*SUITES, *GPU_SUITES, *LONG_SUITES, "all"],
+        help="what to measure; all: what is short and needs no GPU",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, the machine and the command")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures of a GPU suite (PNG or SVG)")
+    from . import moe
+
+    moe.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the suites; exit code 1 if a bar is missed."""
-    results = {name: suite(name)() for name in (SUITES if args.suite == "all" else [args.suite])}
+    results = {name: suite(name, args)() for name in (SUITES if args.suite == "all" else [args.suite])}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
         print(f"wrote {args.json}")
     if args.plot:
-        from .plot import draw
-
+        if args.suite == "moe":
+            from .moe.plot import draw
+        elif args.suite == "accuracy":
+            from .accuracy_plot import draw
+        else:
+            from .plot import draw
         draw(next(iter(results.values())), args.plot)
         print(f"wrote {args.plot}")
     missed = [row for rows in results.values() for row in rows if row.get("holds") is False]
@@ -48,11 +60,12 @@ def main(args: argparse.Namespace) -> int:
     return 1 if missed else 0
 
 
-def suite(name: str) -> Callable[[], list[dict]]:
+def suite(name: str, args: argparse.Namespace) -> Callable[[], list[dict]]:
     """The function that runs one suite and returns its rows."""
-    from . import gemm, importing, matmul, packing
+    from . import accuracy, gemm, importing, matmul, moe, packing
 
-    return {"import": importing.run, "pack": packing.run, "cpu": matmul.run, "gemm": gemm.run}[name]
+    runs = {"import": importing.run, "pack": packing.run, "cpu": matmul.run, "accuracy": accuracy.run}
+    return {**runs, "gemm": lambda: gemm.run(args.quick), "moe": lambda: moe.run(args)}[name]
 
 
 def machine() -> dict[str, object]:

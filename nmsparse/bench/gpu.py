@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import require
+from ..formats import SamoyedsArray
+from ..formats.pattern import Samoyeds
 
-__all__ = ["COLD_BYTES", "copies_of", "device_facts", "kernel_seconds", "semi_structured"]
+__all__ = [
+    "COLD_BYTES",
+    "Timed",
+    "captured",
+    "copies_of",
+    "device_facts",
+    "kernel_seconds",
+    "seconds_of",
+    "semi_structured",
+]
 
 COLD_BYTES = 200 << 20  # operands are rotated through so many bytes, three times an H200's L2
 REST = 0.02  # seconds between measurements: a chip at its power limit slows whoever comes next
@@ -44,6 +57,67 @@ def kernel_seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+class Timed(NamedTuple):
+    """What :func:`seconds_of` times: ``run`` makes ``calls`` calls."""
+
+    run: Callable[[], Any]
+    calls: int
+
+
+def captured(runs: Sequence[Callable[[], Any]]) -> tuple[Timed, list[Any]]:
+    """One CUDA graph of all the calls, in their order, and what each returned: memory that a replay fills anew.
+
+    Each call is made once before. Raises torch's error for what a graph cannot hold, such as waiting for the GPU.
+    """
+    torch = require("torch", "torch")
+    graph, side = torch.cuda.CUDAGraph(), _side_stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for run in runs:
+            run()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=side):
+        results = [run() for run in runs]
+    return Timed(graph.replay, len(runs)), results
+
+
+@functools.cache
+def _side_stream() -> Any:
+    """Where graphs are captured: one stream, since the allocator and the library keep memory for each."""
+    return require("torch", "torch").cuda.Stream()
+
+
+def seconds_of(
+    candidates: dict[str, Timed], *, span: float = 0.01, rounds: int = 3, rest: float = REST
+) -> dict[str, float]:
+    """Median over ``rounds`` of the time of a call of each candidate, in seconds, between events on the GPU.
+
+    A measurement repeats a candidate for about ``span`` seconds, once at least; candidates alternate. Of CUDA graphs
+    this is what the GPU takes, the gaps between kernels included; of other calls it is what host and GPU take together.
+    """
+    torch = require("torch", "torch")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+
+    def once(timed: Timed, repeats: int) -> float:
+        events[0].record()
+        for _ in range(repeats):
+            timed.run()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) * 1e-3 / repeats
+
+    repeats = {}
+    for name, timed in candidates.items():
+        timed.run()
+        repeats[name] = min(100, math.ceil(span / max(once(timed, 1), 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, timed in candidates.items():
+            time.sleep(rest)
+            times[name].append(once(timed, repeats[name]) / timed.calls)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def copies_of(rows: int, tokens: int, columns: int) -> int:
     """How many sets of 16-bit operands of ``x @ w.T`` it takes to find none of them in the cache."""
     size = 2 * (rows * columns + tokens * (rows + columns))
@@ -59,14 +133,35 @@ def semi_structured(rows: int, columns: int, dtype: Any) -> Any:
     return w * mask.view(rows, columns)
 
 
+def random_samoyeds(rows: int, columns: int, v: int, dtype: Any) -> tuple[Any, Any]:
+    """A random Samoyeds array 1:2:v on the GPU and the dense tensor that it stands for; ``columns`` in sixteens."""
+    torch = require("torch", "torch")
+    from ..cuda.array import view
+
+    kept, runs = rows // 2, -(-columns // v)
+    values = torch.randn(kept, columns // 4, 2, device="cuda", dtype=dtype)
+    positions = torch.rand(kept, columns // 4, 4, device="cuda").topk(2, -1).indices.sort(-1).values
+    odd = torch.randint(0, 2, (kept, runs), device="cuda", dtype=torch.uint8)
+    bits = torch.tensor([1, 4], device="cuda")  # two positions are four bits, four pairs a word
+    words = ((positions * bits).sum(-1).view(kept, -1, 4) * 16 ** torch.arange(4, device="cuda")).sum(-1)
+    meta = words.to(torch.int32).to(torch.int16).view(torch.uint16)
+    buffers = {"values": view(values.view(kept, -1)), "meta": view(meta), "indices": view(odd)}
+    array = SamoyedsArray(Samoyeds(1, 2, v), (rows, columns), buffers)
+    half = torch.zeros(kept, columns // 4, 4, device="cuda", dtype=dtype).scatter_(2, positions, values)
+    half, mask = half.view(kept, columns), odd.bool().repeat_interleave(v, 1)[:, :columns]
+    return array, torch.stack([half * ~mask, half * mask], 1).view(rows, columns)
+
+
 def device_facts() -> dict[str, str]:
     """The GPU and the versions that a figure depends on; nothing without a GPU."""
     torch = require("torch", "torch")
     if not torch.cuda.is_available():
         return {}
+    peers = {name: sys.modules[name].__version__ for name in ("transformers", "triton") if name in sys.modules}
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cublas and cusparselt": "as shipped with torch",
+        **peers,
     }

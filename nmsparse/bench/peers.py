@@ -60,7 +60,10 @@ def _measure(rows: int, tokens: int, columns: int, dtype: str) -> dict[str, floa
     return kernel_seconds(
         {
             "cusparselt": [lambda i=i: product(packed[i], x[i].t(), alg_id=algorithm) for i in range(copies)],
-            "cublas": [cublas(x[i], w[i], torch.empty(tokens, rows, device="cuda", dtype=kind)) for i in range(copies)],
+            "cublas": [
+                cublas(x[i], torch.randn_like(w[i]), torch.empty(tokens, rows, device="cuda", dtype=kind))
+                for i in range(copies)
+            ],
         }
     )
 
