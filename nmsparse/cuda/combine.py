@@ -6,62 +6,14 @@ The kernel is in :mod:`nmsparse.cuda.kernels.combine`; it is bound by the bandwi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ..errors import NMSparseError
 from . import launch
+from .config_route import CombineConfig
 
-__all__ = ["Combine", "CombineConfig"]
-
-
-@dataclass(frozen=True)
-class CombineConfig:
-    """``aligned``: rows of ``d``, ``base`` and ``y`` begin at multiples of 16 bytes and have whole pieces of 8 columns.
-
-    >>> CombineConfig(top_k=0, dtype="f32").problems()
-    ['top_k=0: at least one expert for each token', 'dtype=f32: the rows are f16 or bf16']
-    """
-
-    top_k: int
-    dtype: str = "f16"
-    base: bool = False
-    aligned: bool = True
-    threads: int = 128
-
-    @property
-    def signature(self) -> str:
-        """Letters of the arguments: d, slots, weights, base, y; tokens, columns, pieces of eight columns of a row,
-        pitches of d, base and y."""
-        return "pppppiiiiii"
-
-    @property
-    def batch(self) -> int:
-        """Rows that a thread has under way: 16 bytes of each, in four registers."""
-        return min(self.top_k, 8)
-
-    @property
-    def shared_bytes(self) -> int:
-        return 0
-
-    def problems(self) -> list[str]:
-        """Why the config cannot run; empty if it can."""
-        found = []
-        if self.top_k < 1:
-            found.append(f"top_k={self.top_k}: at least one expert for each token")
-        if self.dtype not in ("f16", "bf16"):
-            found.append(f"dtype={self.dtype}: the rows are f16 or bf16")
-        return found
-
-
-def _combine(config: CombineConfig) -> Any:
-    from .kernels.combine import make_combine
-    from .tile.gpu import combine
-
-    return make_combine(combine.make(config), config)
-
-
-launch.TEXTS[CombineConfig] = _combine
+__all__ = ["Combine"]
 
 
 class Combine:

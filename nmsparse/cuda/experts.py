@@ -20,11 +20,12 @@ import numpy as np
 from ..errors import NMSparseError
 from . import array, driver, launch
 from .array import DeviceArray
-from .combine import Combine, CombineConfig
+from .combine import Combine
 from .config_grouped import GroupedGemvConfig
+from .config_route import MAX_EXPERTS, CombineConfig, DispatchConfig
 from .pack import DTYPES
 from .projection import Projection
-from .route import MAX_EXPERTS, Dispatch, DispatchConfig, counters, plan_of_ends
+from .route import Dispatch, counters, plan_of_ends
 
 __all__ = ["Experts", "grouped_matmul", "tile_of"]
 

@@ -22,6 +22,7 @@ from .compiler import Cubin, compile_kernel
 from .config import GemmConfig, GemvConfig
 from .config_grouped import GroupedConfig, GroupedGemvConfig
 from .config_mma import MmaConfig
+from .config_route import CombineConfig, DispatchConfig, EndsConfig, RouteConfig
 
 __all__ = ["arch_of", "compile_all", "compiled", "kernel_of", "model_of", "workspace"]
 
@@ -85,6 +86,34 @@ def _mma(config: MmaConfig) -> Callable[..., None]:
     return make_gemm_mma(warp.make(config), config)
 
 
+def _route(config: RouteConfig) -> Callable[..., None]:
+    from .kernels.route import make_route
+    from .tile.gpu import route
+
+    return make_route(route.make_route(config), config)
+
+
+def _dispatch(config: DispatchConfig) -> Callable[..., None]:
+    from .kernels.route import make_dispatch
+    from .tile.gpu import route
+
+    return make_dispatch(route.make_dispatch(config), config)
+
+
+def _ends(config: EndsConfig) -> Callable[..., None]:
+    from .kernels.route import make_ends
+    from .tile.gpu import route
+
+    return make_ends(route.make_ends(config), config)
+
+
+def _combine(config: CombineConfig) -> Callable[..., None]:
+    from .kernels.combine import make_combine
+    from .tile.gpu import combine
+
+    return make_combine(combine.make(config), config)
+
+
 # The text of each kind of config; Numba is imported when a text is made.
 TEXTS: dict[type, Callable[[Any], Callable[..., None]]] = {
     GemmConfig: _gemm,
@@ -92,6 +121,10 @@ TEXTS: dict[type, Callable[[Any], Callable[..., None]]] = {
     MmaConfig: _mma,
     GroupedConfig: _grouped,
     GroupedGemvConfig: _gemv_grouped,
+    RouteConfig: _route,
+    DispatchConfig: _dispatch,
+    EndsConfig: _ends,
+    CombineConfig: _combine,
 }
 
 
@@ -113,8 +146,6 @@ def compile_all(configs: Iterable[Any], arch: str, processes: int | None = None)
 
 
 def _compile(config: Any, arch: str) -> None:
-    from . import combine, route  # noqa: F401  (they add their texts)
-
     compiled(config, arch)
 
 

@@ -15,7 +15,8 @@ from machine_code import disassembled
 from nmsparse import NMSparseError
 from nmsparse.cuda import launch
 from nmsparse.cuda.array import from_host
-from nmsparse.cuda.combine import Combine, CombineConfig
+from nmsparse.cuda.combine import Combine
+from nmsparse.cuda.config_route import CombineConfig
 from nmsparse.cuda.kernels import combine as kernels
 from nmsparse.cuda.tile.cpu import combine as twin
 

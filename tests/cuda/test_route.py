@@ -16,8 +16,9 @@ from machine_code import disassembled
 from nmsparse import NMSparseError
 from nmsparse.cuda import launch, route
 from nmsparse.cuda.array import from_host
+from nmsparse.cuda.config_route import DispatchConfig, EndsConfig, RouteConfig
 from nmsparse.cuda.kernels import route as kernels
-from nmsparse.cuda.route import Dispatch, DispatchConfig, EndsConfig, Route, RouteConfig, counters
+from nmsparse.cuda.route import Dispatch, Route, counters
 from nmsparse.cuda.tile.cpu import KernelError
 from nmsparse.cuda.tile.cpu import route as twin
 from nmsparse.moe import Router

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ...route import EXPERT_BITS, TINY
+from ...config_route import EXPERT_BITS, TINY
 from .crew import Crew, KernelError
 from .race import Cells, Clocks, Signal
 
@@ -79,17 +79,17 @@ class _Warp:
 
 
 def make_route(cfg: Any) -> SimpleNamespace:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.RouteConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.RouteConfig`."""
     return SimpleNamespace(**_token_words(cfg), **_choice_words(cfg), **_slot_words(cfg), **_count_words(cfg))
 
 
 def make_dispatch(cfg: Any) -> SimpleNamespace:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.DispatchConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.DispatchConfig`."""
     return SimpleNamespace(**_given_words(cfg), **_slot_words(cfg), **_count_words(cfg))
 
 
 def make_ends(cfg: Any) -> SimpleNamespace:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.EndsConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.EndsConfig`."""
 
     def plan_of_ends(ends_gmem, plan_gmem, tile_t):
         expert = np.arange(cfg.experts)

@@ -40,7 +40,7 @@ jit = cuda.jit(device=True, forceinline=True)
 
 
 def make(cfg: Any) -> ModuleType:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.combine.CombineConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.CombineConfig`."""
     tile = elements.make(cfg)
     for part in (_row_words, _sum_words):
         for word, function in part(cfg, tile).items():

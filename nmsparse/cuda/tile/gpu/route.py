@@ -40,9 +40,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import libdevice, types
 
+from ...config_route import TINY
 from ...ptx import memory, warp
 from ...ptx.numba_glue import callable_of, registers
-from ...route import TINY
 from .sort import Words, count_words, ends_words, given_words, jit, lane, slot_words
 
 __all__ = ["make_dispatch", "make_route"]
@@ -77,17 +77,17 @@ def sum_of_lanes(x):
 
 
 def make_route(cfg: Any) -> ModuleType:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.RouteConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.RouteConfig`."""
     return _module(_token_words(cfg), _score_words(cfg), _choice_words(cfg), slot_words(cfg), count_words(cfg))
 
 
 def make_dispatch(cfg: Any) -> ModuleType:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.DispatchConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.DispatchConfig`."""
     return _module(given_words(cfg), slot_words(cfg), count_words(cfg))
 
 
 def make_ends(cfg: Any) -> ModuleType:
-    """The words for ``cfg``, a :class:`~nmsparse.cuda.route.EndsConfig`."""
+    """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.EndsConfig`."""
     return _module(ends_words(cfg))
 
 

@@ -39,9 +39,9 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
+from ...config_route import EXPERT_BITS
 from ...ptx import barrier, memory, warp
 from ...ptx.numba_glue import address_of, callable_of, registers
-from ...route import EXPERT_BITS
 
 __all__ = ["Words", "count_words", "ends_words", "given_words", "jit", "lane", "slot_words"]
 
