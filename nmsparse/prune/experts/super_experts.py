@@ -12,11 +12,11 @@ def super_experts(
 ) -> np.ndarray:
     """Which experts must stay as they are: a bool mask (L, E).
 
-    ``largest_output`` (L, E) is the largest |element| of the down projection's output (before the routing weight) that
-    each expert of each MoE layer ever wrote over the calibration tokens, 0 for an expert without tokens. An expert is
-    a super expert if its value is above the ``percentile`` of all values, above ``ratio`` of the largest, and in the
-    first ``round(depth · L)`` MoE layers: what the last layers write large is the answer, not a massive activation
-    that attention needs as a sink.
+    ``largest_output`` (L, E) is the largest absolute element of the down projection's output (before the routing
+    weight) that each expert of each MoE layer ever wrote over the calibration tokens, 0 for an expert without tokens.
+    An expert is a super expert if its value is above the ``percentile`` of all values, above ``ratio`` of the largest,
+    and in the first ``round(depth · L)`` MoE layers: what the last layers write large is the answer, not a massive
+    activation that attention needs as a sink.
 
     Su et al., "Unveiling Super Experts in Mixture-of-Experts Large Language Models", arXiv:2507.23279, who found 3
     of 6144 in Qwen3-30B-A3B and lost half of GSM8K without them. Their code restricts the layers as ``depth`` does, and
