@@ -10,8 +10,9 @@ import numpy as np
 import nmsparse
 from nmsparse import SparseExperts
 from nmsparse.cuda.config_grouped import GroupedConfig
+from nmsparse.cuda.config_route import DispatchConfig
 from nmsparse.cuda.kernels.route import make_dispatch
-from nmsparse.cuda.route import DispatchConfig, counters
+from nmsparse.cuda.route import counters
 from nmsparse.cuda.tile.cpu import gemv_grouped, route
 from nmsparse.moe import Router
 
