@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
-import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from machine_code import disassembled
 
 
 def mistaken(module: Any, maker: str, *edits: tuple[str, str]) -> Any:
@@ -33,15 +34,6 @@ def assert_same_words(on_cpu: dict[str, Any], on_gpu: dict[str, Any]) -> None:
 
 def opcodes_of(cubin: Any, folder: Path) -> tuple[list[str], Counter[str]]:
     """Opcodes of the machine code in order, and how many there are of each family; skips without nvdisasm."""
-    import pytest
-
-    from nmsparse.cuda import compiler
-
-    nvdisasm = Path(compiler.ptxas()).with_name("nvdisasm")
-    if not nvdisasm.is_file():
-        pytest.skip(f"no nvdisasm beside {compiler.ptxas()}; install it with: pip install nvidia-cuda-nvdisasm")
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin.code)
-    text = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
+    text = disassembled(cubin.code, folder)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, flags=re.M)
     return opcodes, Counter(opcode.split(".")[0] for opcode in opcodes)

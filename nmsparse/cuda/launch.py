@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -46,85 +47,31 @@ def arch_of(device: int) -> str:
     return model_of(device).arch
 
 
-def _gemm(config: GemmConfig) -> Callable[..., None]:
-    if config.pairs:
-        from .kernels.samoyeds import make_samoyeds
-        from .tile.gpu import samoyeds
+def _text(kernel: str, words: str, make: str = "make") -> Callable[[Any], Callable[..., None]]:
+    """What gives a config its text: ``make_X`` of ``kernels``, "module.X", with the words that ``tile.gpu`` makes."""
+    module, _, name = kernel.partition(".")
 
-        return make_samoyeds(samoyeds.make(config), config)
-    from .kernels.gemm import make_gemm
-    from .tile import gpu
+    def text(config: Any) -> Callable[..., None]:
+        tile = import_module(f".tile.gpu{words and '.' + words}", __package__)
+        maker = getattr(import_module(f".kernels.{module}", __package__), f"make_{name or module}")
+        return maker(getattr(tile, make)(config), config)
 
-    return make_gemm(gpu.make(config), config)
-
-
-def _grouped(config: GroupedConfig) -> Callable[..., None]:
-    from .kernels.grouped import make_grouped
-    from .tile.gpu import grouped
-
-    return make_grouped(grouped.make(config), config)
+    return text
 
 
-def _gemv_grouped(config: GroupedGemvConfig) -> Callable[..., None]:
-    from .kernels.gemv_grouped import make_gemv_grouped
-    from .tile.gpu import gemv_grouped
-
-    return make_gemv_grouped(gemv_grouped.make(config), config)
-
-
-def _gemv(config: GemvConfig) -> Callable[..., None]:
-    from .kernels.gemv import make_gemv
-    from .tile.gpu import gemv
-
-    return make_gemv(gemv.make(config), config)
-
-
-def _mma(config: MmaConfig) -> Callable[..., None]:
-    from .kernels.gemm_mma import make_gemm_mma
-    from .tile.gpu import warp
-
-    return make_gemm_mma(warp.make(config), config)
-
-
-def _route(config: RouteConfig) -> Callable[..., None]:
-    from .kernels.route import make_route
-    from .tile.gpu import route
-
-    return make_route(route.make_route(config), config)
-
-
-def _dispatch(config: DispatchConfig) -> Callable[..., None]:
-    from .kernels.route import make_dispatch
-    from .tile.gpu import route
-
-    return make_dispatch(route.make_dispatch(config), config)
-
-
-def _ends(config: EndsConfig) -> Callable[..., None]:
-    from .kernels.route import make_ends
-    from .tile.gpu import route
-
-    return make_ends(route.make_ends(config), config)
-
-
-def _combine(config: CombineConfig) -> Callable[..., None]:
-    from .kernels.combine import make_combine
-    from .tile.gpu import combine
-
-    return make_combine(combine.make(config), config)
-
+_gemm, _samoyeds = _text("gemm", ""), _text("samoyeds", "samoyeds")
 
 # The text of each kind of config; Numba is imported when a text is made.
 TEXTS: dict[type, Callable[[Any], Callable[..., None]]] = {
-    GemmConfig: _gemm,
-    GemvConfig: _gemv,
-    MmaConfig: _mma,
-    GroupedConfig: _grouped,
-    GroupedGemvConfig: _gemv_grouped,
-    RouteConfig: _route,
-    DispatchConfig: _dispatch,
-    EndsConfig: _ends,
-    CombineConfig: _combine,
+    GemmConfig: lambda config: _samoyeds(config) if config.pairs else _gemm(config),
+    GemvConfig: _text("gemv", "gemv"),
+    MmaConfig: _text("gemm_mma", "warp"),
+    GroupedConfig: _text("grouped", "grouped"),
+    GroupedGemvConfig: _text("gemv_grouped", "gemv_grouped"),
+    RouteConfig: _text("route.route", "route", "make_route"),
+    DispatchConfig: _text("route.dispatch", "route", "make_dispatch"),
+    EndsConfig: _text("route.ends", "route", "make_ends"),
+    CombineConfig: _text("combine", "combine"),
 }
 
 

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
-import subprocess
-from collections import Counter
 from dataclasses import replace
 from itertools import cycle
-from pathlib import Path
 
 import pytest
+from kernel_texts import opcodes_of
 
 from nmsparse.cuda import launch
 from nmsparse.cuda.config import SHIPPED, SHIPPED_SAMOYEDS, GemmConfig
@@ -88,17 +85,6 @@ CONFIGS += [
 every_config = pytest.mark.parametrize("cfg", CONFIGS)
 
 
-def disassembled(cubin, folder):
-    """Opcodes of the machine code, in order."""
-    nvdisasm = Path(compiler.ptxas()).with_name("nvdisasm")
-    if not nvdisasm.is_file():
-        pytest.skip(f"no nvdisasm beside {compiler.ptxas()}; install it with: pip install nvidia-cuda-nvdisasm")
-    path = folder / "kernel.cubin"
-    path.write_bytes(cubin.code)
-    text = subprocess.run([nvdisasm, "-c", path], capture_output=True, text=True, check=True).stdout
-    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, flags=re.M)
-
-
 def expected(cfg):
     """Opcodes that the kernel cannot do without."""
     grouped = isinstance(cfg, GroupedConfig)
@@ -122,8 +108,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     # What ptxas reports is the launch's share; setmaxnreg changes it later.
     assert used["registers"] <= 65536 // cfg.threads // 8 * 8
 
-    opcodes = disassembled(cubin, tmp_path)
-    families = Counter(opcode.split(".")[0] for opcode in opcodes)
+    opcodes, families = opcodes_of(cubin, tmp_path)
     assert not expected(cfg) - set(families), f"expected {expected(cfg)} among {sorted(families)}"
     assert not {"LDL", "STL"} & set(families), "sums in local memory"
     dense = getattr(cfg, "dense", False)
