@@ -130,7 +130,8 @@ class SparseExperts:
         Arithmetic is float32, or float64 (slowly, by ``nmsparse.reference``) where ``x`` or the weights are float64.
 
         Raises NMSparseError for shapes that do not fit, ids below 0 or beyond E - 1, an expert named twice by a token,
-        and routing weights that are NaN or inf.
+        and routing weights that are NaN or inf. On a GPU nobody looks at ids and weights, which would mean to wait: ids
+        outside are left out, an expert named twice counts twice, and NaN spreads.
 
         >>> eye = np.eye(4, dtype=np.float32)[None]
         >>> SparseExperts(eye, 3 * eye, "identity")(np.ones((2, 4), np.float32), [[0], [0]], [[1.0], [2.0]])
