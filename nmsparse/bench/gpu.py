@@ -22,6 +22,7 @@ __all__ = [
     "copies_of",
     "device_facts",
     "kernel_seconds",
+    "random_samoyeds",
     "seconds_of",
     "semi_structured",
 ]

@@ -10,13 +10,35 @@ from .layout import BLOCK, BLOCK_BYTES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SHIPPED", "SHIPPED_GEMV", "SHIPPED_SAMOYEDS", "GemmConfig", "GemvConfig"]
+__all__ = ["SHIPPED", "SHIPPED_GEMV", "SHIPPED_SAMOYEDS", "GemmConfig", "GemvConfig", "PairSums"]
 
 SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90; the ring starts at a multiple of 1024
 
 
+class PairSums:
+    """What a kernel holds more where a packed row belongs to a pair of output rows, as in Samoyeds."""
+
+    pairs: bool
+    run_sums: int  # accumulators of a thread that the tensor cores add to
+
+    @property
+    def height(self) -> int:
+        """Output rows of a packed block."""
+        return BLOCK * 2 if self.pairs else BLOCK
+
+    @property
+    def sums(self) -> int:
+        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
+        return self.run_sums * (3 if self.pairs else 1)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Which accumulators, from and up to, hold outputs at the end of a tile."""
+        return self.run_sums if self.pairs else 0, self.sums
+
+
 @dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(PairSums):
     """Shape of the ``wgmma.sp`` kernel: a tile of ``64·warpgroups·blocks`` packed rows by ``tile_t`` tokens, ``tile_k``
     of k a step. A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows.
     """
@@ -47,11 +69,6 @@ class GemmConfig:
         return "ppmppppiiiiiiii" if self.pairs else "pmppppiiiiii"
 
     @property
-    def height(self) -> int:
-        """Output rows of a packed block."""
-        return BLOCK * 2 if self.pairs else BLOCK
-
-    @property
     def tile_m(self) -> int:
         """Output rows of a tile."""
         return self.height * self.warpgroups * self.blocks
@@ -60,16 +77,6 @@ class GemmConfig:
     def run_sums(self) -> int:
         """Accumulators of a thread that ``wgmma`` adds to; of Samoyeds, those of one run of V columns."""
         return self.blocks * self.tile_t // 2
-
-    @property
-    def sums(self) -> int:
-        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
-        return self.run_sums * (3 if self.pairs else 1)
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """Which accumulators, from and up to, hold outputs at the end of a tile."""
-        return self.run_sums if self.pairs else 0, self.sums
 
     @property
     def fillers(self) -> int:

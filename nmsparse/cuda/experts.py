@@ -18,10 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import NMSparseError
-from . import array, driver, launch
+from . import array, driver
 from .array import DeviceArray
 from .combine import Combine
-from .config_grouped import GroupedGemvConfig
 from .config_route import MAX_EXPERTS, CombineConfig, DispatchConfig
 from .pack import DTYPES
 from .projection import Projection
@@ -47,8 +46,8 @@ def active_experts(tokens: int, top_k: int, experts: int) -> float:
 def tile_of(tokens: int, top_k: int, experts: int, widest: int) -> int:
     """Tokens of a tile: as many as an expert usually gets, so that its weights are read once.
 
-    Half a standard deviation and one above the mean of a Poisson distribution: of uniformly routed experts, 93 % get
-    no more.
+    One and a half standard deviations above the mean of a Poisson distribution: of uniformly routed experts, about
+    93 % get no more.
 
     >>> [tile_of(tokens, 8, 64, 128) for tokens in (1, 64, 256, 512, 4096)]
     [8, 16, 64, 128, 128]
@@ -163,18 +162,9 @@ class Experts:
         # Samoyeds has three sums for each token; a gather keeps up with 128.
         sparser = "samoyeds" in (self.gate_up.kind, self.down.kind)
         tile_t = tile_of(tokens, top_k, self.experts, 256 if copies and not sparser else 128)
-        most = min(self.experts, pairs)  # experts that may get a token
-        token_tiles = pairs // tile_t + most
-        sms = launch.model_of(self.device).sms
-        products = []
-        for projection, gather in ((self.gate_up, not copies), (self.down, False)):
-            few = tokens <= FEW_TOKENS and tile_t == FEW_TOKENS
-            config = projection.choose(tile_t, gather, active * max(1.0, pairs / active / tile_t), few, sms)
-            if isinstance(config, GroupedGemvConfig):
-                grid = most * projection.row_blocks * 4
-            else:
-                grid = min(sms, token_tiles * -(-projection.row_blocks // config.warpgroups))
-            products.append((config, grid))
+        few = tokens <= FEW_TOKENS and tile_t == FEW_TOKENS
+        gate_up = self.gate_up.plan(tile_t, not copies, pairs, active, few)
+        down = self.down.plan(tile_t, False, pairs, active, few)
         dispatch = DispatchConfig(self.experts, top_k, IDS[ids], WEIGHTS[weights], copies)
         combine = CombineConfig(top_k, DTYPES[self.dtype.name])
         sizes = (
@@ -182,9 +172,8 @@ class Experts:
             2 * pairs * self.hidden, 2 * pairs * self.hidden * copies,
         )  # fmt: skip
         *places, nbytes = itertools.accumulate(-(-size // 256) * 256 for size in sizes)
-        return _Call(
-            tile_t, Dispatch(dispatch, self.device), Combine(combine, self.device), *products, tuple(places), nbytes
-        )
+        around = Dispatch(dispatch, self.device), Combine(combine, self.device)
+        return _Call(tile_t, *around, gate_up, down, tuple(places), nbytes)
 
 
 def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
@@ -208,13 +197,15 @@ def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
     y = kind.empty(x, (pairs, projection.outputs), view.dtype)
     if not pairs:
         return y
-    stream, active = kind.stream(x), min(projection.experts, pairs)
-    tile_t = tile_of(pairs, 1, projection.experts, 128)
+    stream = kind.stream(x)
+    ready = projection.plans.get(pairs)
+    if ready is None:
+        tile_t = tile_of(pairs, 1, projection.experts, 128)
+        active = min(projection.experts, pairs)
+        ready = projection.plans[pairs] = tile_t, *projection.plan(tile_t, False, pairs, active)
+    tile_t, config, grid = ready
     plan = _arena(projection.device, stream, COUNTER_BYTES + 8 * projection.experts) + COUNTER_BYTES
     plan_of_ends(projection.experts, IDS[ends.dtype.name], projection.device, stream, ends.pointer, plan, tile_t)
-    sms = launch.model_of(projection.device).sms
-    config = projection.choose(tile_t, False, active * max(1.0, pairs / active / tile_t), False, sms)
-    grid = min(sms, (pairs // tile_t + active) * -(-projection.row_blocks // config.warpgroups))
     to = kind.address(y, tuple(y.shape), view.dtype)
     projection(config, grid, stream, view.pointer, view.strides[0], pairs, 0, plan, to)
     return y

@@ -54,6 +54,7 @@ class Projection:
             if self.kind == "samoyeds":
                 self.picks, self.runs, self.run_columns = weight.indices, weight.indices.shape[-1], weight.pattern.v
         self.maps: dict[Any, bytes] = {}
+        self.plans: dict[int, Any] = {}  # of a product on its own: tile, kernel, CTAs, by rows
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +90,14 @@ class Projection:
             if tile_t > 64 or token_tiles * -(-self.row_blocks // warpgroups) >= ENOUGH[warpgroups] * sms:
                 return self.config(tile_t, gather, warpgroups=warpgroups)
         return self.config(tile_t, gather, few and self.kind != "dense", 1)
+
+    def plan(self, tile_t: int, gather: bool, pairs: int, active: float, few: bool = False) -> tuple[Any, int]:
+        """Kernel and CTAs for ``pairs`` rows that about ``active`` experts share; all experts may get some."""
+        sms, most = launch.model_of(self.device).sms, min(self.experts, pairs)
+        config = self.choose(tile_t, gather, active * max(1.0, pairs / active / tile_t), few, sms)
+        if isinstance(config, GroupedGemvConfig):
+            return config, most * self.row_blocks * 4
+        return config, min(sms, (pairs // tile_t + most) * -(-self.row_blocks // config.warpgroups))
 
     def weight_map(self, config: GroupedConfig) -> bytes:
         """Of dense weights: columns, eight rows, gate or up, eights of rows, expert."""
