@@ -17,7 +17,9 @@ from ..formats.pattern import Samoyeds
 
 __all__ = [
     "COLD_BYTES",
+    "Failures",
     "Timed",
+    "attempt",
     "captured",
     "copies_of",
     "device_facts",
@@ -58,11 +60,28 @@ def kernel_seconds(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+Failures = dict[str, str]
+
+
+def attempt(failed: Failures, name: str, act: Callable[[], Any]) -> None:
+    """Runs one contender's part; what goes wrong there is reported, and the others go on."""
+    torch = require("torch", "torch")
+    try:
+        act()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # whose fault a bad access is shows here, or not at all
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        print(f"{name}: {failed[name]}")
+
+
 class Timed(NamedTuple):
-    """What :func:`seconds_of` times: ``run`` makes ``calls`` calls."""
+    """What :func:`seconds_of` times: ``run`` makes ``calls`` calls. ``reads`` is kept alive with it: the memory that a
+    graph reads at every replay, and that nothing else may hold."""
 
     run: Callable[[], Any]
     calls: int
+    reads: Any = None
 
 
 def captured(runs: Sequence[Callable[[], Any]]) -> tuple[Timed, list[Any]]:
@@ -79,7 +98,7 @@ def captured(runs: Sequence[Callable[[], Any]]) -> tuple[Timed, list[Any]]:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=side):
         results = [run() for run in runs]
-    return Timed(graph.replay, len(runs)), results
+    return Timed(graph.replay, len(runs), runs), results
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from ...errors import require
 from ...formats.pattern import parse
 from ...moe import SparseExperts
 from ...ops import array
-from ..gpu import Timed, captured, seconds_of
+from ..gpu import Failures, Timed, attempt, captured, seconds_of, waits
 from . import peers
 from .cases import Case, Model, route, take_turns
 from .weights import exact, random_weight, relative_error
@@ -36,9 +36,6 @@ class Contender(NamedTuple):
     nbytes: int
     density: float = 1.0
     implementation: str = ""  # of transformers
-
-
-Failures = dict[str, str]
 
 
 def contenders(model: Model, patterns: tuple[str, ...], device: str = "cuda") -> tuple[dict[str, Contender], Failures]:
@@ -84,7 +81,7 @@ def contenders(model: Model, patterns: tuple[str, ...], device: str = "cuda") ->
     made: dict[str, Contender] = {}
     failed: Failures = {}
     for name, make in makers.items():
-        _attempt(failed, name, lambda name=name, make=make: made.update({name: make()}))
+        attempt(failed, name, lambda name=name, make=make: made.update({name: make()}))
     return made, failed
 
 
@@ -125,7 +122,7 @@ def measure(case: Case, contenders: dict[str, Contender], device: str = "cuda") 
             raise ValueError(f"relative error {error:.2g} against float64; what is wrong is not timed")
         runs = [functools.partial(contender.call, x, *given) for given in inputs]
         ours = contender.family == "ours"
-        waits = name in row["waits"] or (ours and _waits(runs[0]))
+        waits = name in row["waits"] or (ours and waits(runs[0]))
         if ours:
             row["checks"][name] = {"repeatable": first.equal(runs[0]()), "never waits": not waits}
         if waits:
@@ -145,21 +142,9 @@ def measure(case: Case, contenders: dict[str, Contender], device: str = "cuda") 
         if contender.implementation == "batched_mm" and copied > MOST_COPIED:
             row["left_out"][name] = f"would copy {copied * 1e-9:.0f} GB of weights in a call"
         else:
-            _attempt(row["failed"], name, functools.partial(prepare, name, contender))
+            attempt(row["failed"], name, functools.partial(prepare, name, contender))
     row["seconds"] = seconds_of(timed)
     return row
-
-
-def _attempt(failed: Failures, name: str, act: Callable[[], Any]) -> None:
-    """Runs one contender's part; what goes wrong there is reported, and the others go on."""
-    torch = require("torch", "torch")
-    try:
-        act()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # whose fault a bad access is shows here, or not at all
-    except Exception as error:
-        failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        print(f"{name}: {failed[name]}")
 
 
 def _tune(experts: Any, x: Any, turns: list[Any], weights: Any) -> str:
@@ -169,22 +154,6 @@ def _tune(experts: Any, x: Any, turns: list[Any], weights: Any) -> str:
         return seconds_of({"": captured(runs)[0]}, span=0.002, rounds=2, rest=0)[""]
 
     return str(tune(experts, x, turns, weights, seconds, TUNING))
-
-
-def _waits(run: Callable[[], Any]) -> bool:
-    """Whether torch sees a call wait for the GPU."""
-    torch = require("torch", "torch")
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-    return False
 
 
 def _follows(run: Callable[[], Any], ids: Any, other: Any, graph: Timed, result: Any) -> bool:
