@@ -9,6 +9,7 @@ from numba import njit
 
 from .doorbell import next_task, share
 from .operand import INLINED
+from .simd import address, at, offset, put
 from .threads import team
 
 # The functions of ``nmsparse.reference.ACTIVATIONS``, by number, since a kernel takes no function.
@@ -41,20 +42,34 @@ def _activate(bell, wake, *job):
 
 @njit(**INLINED)
 def _activate_rows(queue, h, gated, kind, out):
-    rows, width = out.shape
+    (rows, width), step = out.shape, h.shape[1]
+    h, out = address(h), address(out)
     first = next_task(queue) * _ROWS
     while first < rows:
         for row in range(first, min(first + _ROWS, rows)):
-            if kind == 0:  # a loop of its own, so that it is vectorised
-                for column in range(width):
-                    out[row, column] = h[row, column] / (np.float32(1) + _exp(-h[row, column]))
-            else:
-                for column in range(width):
-                    out[row, column] = _one(h[row, column], kind)
+            gate = offset(h, row * step)
+            activate_run(offset(out, row * width), gate, width, kind)
             if gated:
-                for column in range(width):
-                    out[row, column] *= h[row, width + column]
+                multiply_run(offset(out, row * width), offset(gate, width), width)
         first = next_task(queue) * _ROWS
+
+
+@njit(**INLINED)
+def activate_run(out, h, count, kind):
+    """The activation of ``count`` elements in a row."""
+    if kind == 0:  # a loop of its own, so that it is vectorised
+        for i in range(count):
+            put(out, i, at(h, i) / (np.float32(1) + _exp(-at(h, i))))
+    else:
+        for i in range(count):
+            put(out, i, _one(at(h, i), kind))
+
+
+@njit(**INLINED)
+def multiply_run(out, up, count):
+    """``count`` elements in a row, times others."""
+    for i in range(count):
+        put(out, i, at(out, i) * at(up, i))
 
 
 @njit(fastmath={"contract"}, **INLINED)

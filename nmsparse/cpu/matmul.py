@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..errors import NMSparseError
+from ..formats import MixedExperts
 from .llvm import AVX512
 from .narrow import TOKENS, narrow_1, narrow_4
 from .operand import AnyNM, TwoFour, operand
@@ -32,13 +33,14 @@ def matmul(a: Any, x: np.ndarray) -> np.ndarray:
     _check_tokens(a, x)
     if isinstance(a, np.ndarray):
         return np.asarray(x, np.float32) @ a.astype(np.float32, copy=False).T
-    return _multiply(a, x, [(0, 0, len(x))], len(x), _NO_IDS)
+    return _multiply(a, x, [(0, 0, len(x))], np.empty((len(x), a.shape[0]), np.float32), _NO_IDS)
 
 
 def grouped_matmul(a: Any, x: np.ndarray, offsets: np.ndarray, token_ids: np.ndarray | None = None) -> np.ndarray:
     """Each expert's tokens times its weights: ``(S, M)`` float32.
 
-    ``a`` is a sparse array or ndarray ``(E, M, K)`` in float32, float16 or bfloat16; sums are float32. Slot s reads row
+    ``a`` is a sparse array or ndarray ``(E, M, K)``, or :class:`~nmsparse.formats.MixedExperts`, whose dropped experts
+    give zeros; float32, float16 or bfloat16, sums are float32. Slot s reads row
     ``token_ids[s]`` of ``x`` ``(T, K)``, or row s without ``token_ids``; expert e has the slots from ``offsets[e - 1]``
     to ``offsets[e]``, cumulative ends. Raises :class:`~nmsparse.errors.NMSparseError` for operands that do not fit.
 
@@ -48,6 +50,22 @@ def grouped_matmul(a: Any, x: np.ndarray, offsets: np.ndarray, token_ids: np.nda
     >>> np.allclose(y, [x[2] @ a[0].todense().T, x[0] @ a[1].todense().T, x[2] @ a[1].todense().T], atol=1e-5)
     True
     """
+    work, slots = expert_work(a, x, offsets, token_ids), len(x) if token_ids is None else len(token_ids)
+    if not isinstance(a, MixedExperts):
+        return _multiply_experts(a, x, work, np.empty((slots, a.shape[1]), np.float32), token_ids)
+    y = np.zeros((slots, a.shape[1]), np.float32)
+    for numbers, weight in a.parts:
+        local = {number: i for i, number in enumerate(numbers.tolist())}
+        mine = [(local[expert], *rows) for expert, *rows in work if expert in local]
+        _multiply_experts(weight, x, mine, y, token_ids)
+    return y
+
+
+Work = list[tuple[int, int, int]]  # (expert, its first slot, slots)
+
+
+def expert_work(a: Any, x: np.ndarray, offsets: np.ndarray, token_ids: np.ndarray | None) -> Work:
+    """The experts that have slots; raises NMSparseError if what :func:`grouped_matmul` is to multiply does not fit."""
     _check_tokens(a, x)
     slots = len(x) if token_ids is None else len(token_ids)
     ends = np.asarray(offsets, np.int64)
@@ -61,14 +79,7 @@ def grouped_matmul(a: Any, x: np.ndarray, offsets: np.ndarray, token_ids: np.nda
     if token_ids is not None and slots and not 0 <= token_ids.min() <= token_ids.max() < len(x):
         raise NMSparseError(f"grouped_matmul: expected token_ids in 0..{len(x) - 1}, got {token_ids.tolist()}")
     experts = np.flatnonzero(counts)
-    work = zip(experts.tolist(), (ends - counts)[experts].tolist(), counts[experts].tolist(), strict=True)
-    if isinstance(a, np.ndarray):
-        return _multiply_dense(a, x, work, slots, token_ids)
-    ids = _NO_IDS if token_ids is None else np.ascontiguousarray(token_ids, np.int64)
-    return _multiply(a, x, work, slots, ids)
-
-
-Work = Iterable[tuple[int, int, int]]  # (expert, its first slot, slots)
+    return list(zip(experts.tolist(), (ends - counts)[experts].tolist(), counts[experts].tolist(), strict=True))
 
 
 def _check_tokens(a: Any, x: np.ndarray) -> None:
@@ -76,11 +87,19 @@ def _check_tokens(a: Any, x: np.ndarray) -> None:
         raise NMSparseError(f"expected tokens (T, K={a.shape[-1]}), got shape {x.shape}")
 
 
-def _multiply(a: Any, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarray) -> np.ndarray:
+def _multiply_experts(a: Any, x: np.ndarray, work: Work, y: np.ndarray, token_ids: np.ndarray | None) -> np.ndarray:
+    if isinstance(a, np.ndarray):
+        return _multiply_dense(a, x, work, y, token_ids)
+    return _multiply(a, x, work, y, _NO_IDS if token_ids is None else np.ascontiguousarray(token_ids, np.int64))
+
+
+def _multiply(a: Any, x: np.ndarray, work: Work, y: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """Writes the rows of ``y`` that ``work`` names; returns it."""
     height, width = a.shape[-2:]
-    if 0 in (height, width, slots):
-        return np.zeros((slots, height), np.float32)
-    x, y, weights = np.ascontiguousarray(x, np.float32), np.empty((slots, height), np.float32), operand(a)
+    if 0 in (height, width, len(y)):
+        y[...] = 0
+        return y
+    x, weights = np.ascontiguousarray(x, np.float32), operand(a)
     for kernel, tiles in _tiles(weights, work).items():
         parts = max(1, min(_TASKS * count() // len(tiles), height // _ROWS))
         cost = sum(tile[2] for tile in tiles) * a.nnz // (a.shape[0] if a.ndim == 3 else 1)
@@ -118,9 +137,10 @@ def _suits_narrow(weights: TwoFour | AnyNM) -> bool:
     return weights.runs <= 1 or weights.run % COLUMNS == 0
 
 
-def _multiply_dense(a: np.ndarray, x: np.ndarray, work: Work, slots: int, token_ids: np.ndarray | None) -> np.ndarray:
+def _multiply_dense(
+    a: np.ndarray, x: np.ndarray, work: Work, y: np.ndarray, token_ids: np.ndarray | None
+) -> np.ndarray:
     """The same with dense experts, through BLAS."""
-    y = np.empty((slots, a.shape[1]), np.float32)
     for expert, first, size in work:
         rows = slice(first, first + size)
         tokens = x[rows if token_ids is None else token_ids[rows]]

@@ -10,6 +10,7 @@ from numba import njit
 from ..formats import RaggedTokens
 from .activations import activate
 from .doorbell import next_task, share
+from .fused import fused_experts, suits_fused
 from .matmul import grouped_matmul
 from .operand import INLINED
 from .threads import team
@@ -23,18 +24,22 @@ def moe_forward(
     """``y[t] = Σ_j topk_weights[t, j] · down[e] act(gate_up[e] x[t])``, e the j-th expert of token t: ``(T, H)``.
 
     ``x`` ``(T, H)`` and ``topk_weights`` ``(T, k)`` are float32; ``ragged`` is the routing, ``gate_up`` and ``down``
-    are sparse arrays or ndarrays. Tokens are gathered inside the first product. The terms of a token are added in the
-    order of j, so the result is the same bits every time.
+    are sparse arrays or ndarrays. Tokens are gathered inside the first product; many go through both at once (see
+    ``fused``). The terms of a token are added in the order of j, so the result is the same bits every time; slots that
+    ``ragged`` leaves out have none.
 
     >>> eye = np.eye(4, dtype=np.float32)[None]
     >>> one = RaggedTokens.from_topk(np.zeros((1, 1), np.int32), 1)
     >>> moe_forward(np.ones((1, 4), np.float32), one, np.float32([[0.5]]), eye, eye, "identity")
     array([[0.5, 0.5, 0.5, 0.5]], dtype=float32)
     """
-    h = grouped_matmul(gate_up, x, ragged.offsets, ragged.token_ids)
-    y = grouped_matmul(down, activate(h, down.shape[2], activation), ragged.offsets)
-    place = np.empty(topk_weights.size, np.int64)  # of each slot of the routing among the rows sorted by expert
-    place[ragged.slots] = np.arange(place.size)
+    if suits_fused(gate_up, down, ragged):
+        y = fused_experts(gate_up, down, activation, x, ragged)
+    else:
+        h = grouped_matmul(gate_up, x, ragged.offsets, ragged.token_ids)
+        y = grouped_matmul(down, activate(h, down.shape[2], activation), ragged.offsets)
+    place = np.full(topk_weights.size, -1)  # of each slot of the routing among the rows sorted by expert
+    place[ragged.slots] = np.arange(ragged.slots.size)
     out = np.empty((ragged.num_tokens, down.shape[1]), np.float32)
     team.run(_combine, -(-len(out) // _TOKENS), y.size, y, place.reshape(topk_weights.shape), topk_weights, out)
     return out
@@ -54,6 +59,8 @@ def _combine_rows(queue, y, place, weights, out):
             row = out[token]
             row[:] = 0
             for j in range(place.shape[1]):
+                if place[token, j] < 0:
+                    continue
                 weight, term = weights[token, j], y[place[token, j]]
                 for column in range(width):
                     row[column] += weight * term[column]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 from strategies import DTYPES, bits
 
 from nmsparse import formats, reference
+from nmsparse.cpu import fused
 from nmsparse.cpu.activations import NUMBERS, activate
+from nmsparse.cpu.fused import suits_fused
 from nmsparse.cpu.moe import moe_forward
 from nmsparse.formats import RaggedTokens
 from nmsparse.testing import assert_close
@@ -21,10 +24,10 @@ def weight(kind, shape, dtype, rng):
     return formats.from_dense((rng.standard_normal(shape, np.float32) / 8).astype(dtype), kind)
 
 
-def layer(kinds, tokens, k, *, gated=True, dtype=np.float32, seed=0):
+def layer(kinds, tokens, k, *, gated=True, inner=INNER, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    gate_up = weight(kinds[0], (EXPERTS, (1 + gated) * INNER, HIDDEN), dtype, rng)
-    down = weight(kinds[1], (EXPERTS, HIDDEN, INNER), dtype, rng)
+    gate_up = weight(kinds[0], (EXPERTS, (1 + gated) * inner, HIDDEN), dtype, rng)
+    down = weight(kinds[1], (EXPERTS, HIDDEN, inner), dtype, rng)
     ids = np.argsort(rng.random((tokens, EXPERTS)), axis=1)[:, :k].astype(np.int32)
     x, weights = rng.standard_normal((tokens, HIDDEN), np.float32), rng.random((tokens, k), np.float32)
     return x, ids, weights, gate_up, down
@@ -33,7 +36,7 @@ def layer(kinds, tokens, k, *, gated=True, dtype=np.float32, seed=0):
 def assert_right(x, ids, weights, gate_up, down, activation="silu"):
     y = moe_forward(x, RaggedTokens.from_topk(ids, EXPERTS), weights, gate_up, down, activation)
     assert y.dtype == np.float32
-    assert_close(y, reference.moe(x, ids, weights, gate_up, down, activation), HIDDEN + INNER, scale=4)
+    assert_close(y, reference.moe(x, ids, weights, gate_up, down, activation), HIDDEN + down.shape[2], scale=4)
     return y
 
 
@@ -67,6 +70,46 @@ def test_weights_of_two_kinds(kinds, dtype):
 def test_experts_that_no_token_chose():
     x, ids, weights, gate_up, down = layer(("2:4", "2:4"), 12, 1)
     ids[:] = 3
+    assert_right(x, ids, weights, gate_up, down)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """So few that 64 tokens for each of 6 tiles are many."""
+    monkeypatch.setattr(fused, "count", lambda: 1)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("inner", [80, 300])
+@pytest.mark.parametrize(
+    "kinds", [("2:4", "vnm:16:2:8"), ("samoyeds:1:3:32", "2:4"), ("vnm:16:2:8", "samoyeds:1:2:20")]
+)
+def test_both_projections_at_once(kinds, inner, gated, one_thread):
+    made = layer(kinds, 250, 2, gated=gated, inner=inner)
+    _, ids, _, gate_up, down = made
+    assert suits_fused(gate_up, down, RaggedTokens.from_topk(ids, EXPERTS))
+    assert_right(*made, "gelu_tanh" if inner == 80 else "silu")
+
+
+def test_both_projections_at_once_with_16_bit_weights_of_two_kinds(one_thread):
+    assert_right(*layer(("1:4", "2:4"), 250, 2, dtype=ml_dtypes.bfloat16))
+
+
+def test_when_both_projections_at_once_are_worth_it(one_thread):
+    def suits(tokens, kinds=("2:4", "2:4"), k=2):
+        _, ids, _, gate_up, down = layer(kinds, tokens, k)
+        return suits_fused(gate_up, down, RaggedTokens.from_topk(ids, EXPERTS))
+
+    assert [suits(tokens) for tokens in (0, 1, 191, 192)] == [False, False, False, True]
+    assert not suits(192, ("2:4", "dense")) and not suits(192, ("dense", "2:4"))
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+@pytest.mark.parametrize("tokens", [40, 700])
+def test_slots_that_are_left_out(share, tokens):
+    x, ids, weights, gate_up, down = layer(("samoyeds:1:2:32", "2:4"), tokens, 3)
+    ids[np.random.default_rng(1).random(ids.shape) < share] = -1
+    weights[ids == -1] = np.nan  # nobody looks
     assert_right(x, ids, weights, gate_up, down)
 
 
