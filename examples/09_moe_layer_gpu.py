@@ -37,7 +37,7 @@ cfg, tile = DispatchConfig(EXPERTS, TOP_K, threads=64), GroupedConfig(tile_t=16,
 slots, rows = np.zeros((TOKENS, TOP_K), np.int32), np.zeros(TOKENS * TOP_K, np.int32)
 plan, counter = np.zeros((2, EXPERTS), np.int32), np.zeros(counters(EXPERTS), np.int32)
 inputs = (np.broadcast_to(array, array.shape) for array in (ids, weights))  # read-only views
-memory = *inputs, np.zeros(weights.shape, np.float32), slots, rows, plan, counter, None, None  # X is not copied
+memory = *inputs, np.zeros(weights.shape, np.float32), slots, rows, plan, counter, *[None] * 3  # X is not copied
 route.launch(make_dispatch, route.make_dispatch, cfg, 1, (*memory, TOKENS, tile.tile_t, HIDDEN, HIDDEN // 8))
 ends, tile_ends = plan
 print(f"tokens of each expert {np.diff(ends, prepend=0).tolist()}; tiles of {tile.tile_t} end at {tile_ends.tolist()}")

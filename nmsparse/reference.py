@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import NMSparseError
+from .formats.tokens import DROPPED
 
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "silu": lambda x: x / (1 + np.exp(-x)),
@@ -72,6 +73,7 @@ def moe(
     """Experts of an MoE layer: ``y[t] = Σ_j weights[t, j] · down[e] act(gate_up[e] x[t])`` with e = ids[t, j].
 
     ``x`` ``(T, H)``, ids and weights ``(T, k)``, ``gate_up`` ``(E, 2I, H)`` or ``(E, I, H)``, ``down`` ``(E, H, I)``.
+    Ids of -1 are left out.
 
     >>> x, eye = np.array([[1.0, 2.0]]), np.eye(2)[None]
     >>> moe(x, np.array([[0]]), np.array([[0.5]]), eye, eye, "identity").tolist()
@@ -81,5 +83,7 @@ def moe(
     y = np.zeros((len(x), down.shape[1]))
     for t, (ids, weights) in enumerate(zip(topk_ids, topk_weights, strict=True)):
         for e, weight in zip(ids, weights, strict=True):
+            if e == DROPPED:
+                continue
             y[t] += float(weight) * (down[e] @ gated(gate_up[e] @ x[t], down.shape[2], activation))
     return y

@@ -30,7 +30,10 @@ def packed_experts(values: np.ndarray, meta: np.ndarray, interleave: bool) -> np
 
 @dataclass(frozen=True)
 class GroupedCase:
-    """One launch: ``counts[e]`` tokens for expert e, ``outputs`` of each, ``k`` columns; X has ``tokens`` rows."""
+    """One launch: ``counts[e]`` tokens for expert e, ``outputs`` of each, ``k`` columns; X has ``tokens`` rows.
+
+    Of a part, ``before`` positions belong to experts of other kinds.
+    """
 
     cfg: GroupedConfig
     counts: tuple[int, ...]
@@ -39,6 +42,7 @@ class GroupedCase:
     tokens: int = 20
     workers: int = 1
     v: int = 128
+    before: int = 0
     guard: int = GUARD
     make_kernel: Any = field(default=make_grouped, repr=False)
 
@@ -65,11 +69,16 @@ class GroupedCase:
         """The row of X for each position, and the plan."""
         counts = np.array(self.counts)
         rows = np.random.default_rng(counts.sum()).integers(0, self.tokens, counts.sum()).astype(np.int32)
-        return rows, np.concatenate([np.cumsum(counts), np.cumsum(-(-counts // self.cfg.tile_t))]).astype(np.int32)
+        ends, tile_ends = np.cumsum(counts), np.cumsum(-(-counts // self.cfg.tile_t))
+        if self.cfg.part:
+            first = self.before, 3 * self.before  # tiles of other experts, each with few tokens
+            plan = np.array([first, *zip(ends + first[0], tile_ends + first[1], strict=True)]).ravel()
+            return np.concatenate([np.full(self.before, -1, np.int32), rows]), plan.astype(np.int32)
+        return rows, np.concatenate([ends, tile_ends]).astype(np.int32)
 
     def run(self, seed: int = 0) -> np.ndarray:
         """Launch on the twin; compare with float64; nothing outside Y may be written. Returns Y."""
-        cfg, positions = self.cfg, sum(self.counts)
+        cfg, positions = self.cfg, self.before + sum(self.counts)
         assert not cfg.problems(), cfg.problems()
         w, kernel = self.weights()
         rows, plan = self.routing()
@@ -83,14 +92,15 @@ class GroupedCase:
         arguments = (*arrays, *sizes, *kernel["runs"])
         cpu.launch(self.make_kernel, cfg, self.workers, arguments, make=grouped.make, seed=seed)
 
-        x = x[:, : self.k].astype(np.float64)[rows if cfg.gather else slice(None)]
+        x = x[:, : self.k].astype(np.float64)[rows if cfg.gather else slice(None)][self.before :]
         experts = np.repeat(np.arange(len(self.counts)), self.counts)
         h = np.einsum("sk,smk->sm", x, w.astype(np.float64)[experts], optimize=True)
         want = gated(h, self.outputs, cfg.activation)
         scale = np.abs(w.astype(np.float64)).max() * np.abs(x).max(initial=0)
         # An activation, and a product with the other half, carry the error of a sum on: times their slopes.
         slope = (2 * (1 + np.abs(h).max(initial=0))) ** (cfg.gated + (cfg.activation == "relu2"))
-        got = y[:positions, : self.outputs].view(w.dtype)
+        got = y[self.before : positions, : self.outputs].view(w.dtype)
         assert_close(got, want, self.k, scale=2 * scale * slope)
+        assert (y[: self.before] == 0xFFFF).all(), "wrote what belongs to other experts"
         assert (y[positions:] == 0xFFFF).all() and (y[:, self.outputs :] == 0xFFFF).all(), "wrote outside of Y"
         return got

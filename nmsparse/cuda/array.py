@@ -64,10 +64,12 @@ class DeviceArray:
     @property
     def contiguous(self) -> bool:
         """Whether the elements follow each other in C order."""
-        return all(
-            size == 1 or stride == want
-            for size, stride, want in zip(self.shape, self.strides, c_strides(self.shape), strict=True)
-        )
+        inside = 1
+        for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
+            if size != 1 and stride != inside:
+                return False
+            inside *= size
+        return True
 
     @property
     def T(self) -> DeviceArray:
@@ -189,18 +191,27 @@ def from_host(array: np.ndarray, device: int = 0) -> DeviceArray:
 # --- everybody else's arrays -----------------------------------------------------------------------------------------
 
 
+def _no_product(weight: DeviceArray) -> Callable[[Any], Any]:
+    raise UnsupportedDeviceError(
+        "expected an array of torch or cupy, whose float32 product makes the logits of a router; make the logits "
+        "yourself and call from_logits of the experts"
+    )
+
+
 class Kind(NamedTuple):
     """How to deal with one library's arrays.
 
     ``view(x)``, ``stream(x)`` and ``empty(x, shape, dtype)`` are :func:`view`, :func:`current_stream` and
     :func:`empty_like_kind` for this library; ``address(y, shape, dtype)`` is the address of ``y`` if it is such an
-    array in C order on a GPU, else None.
+    array in C order on a GPU, else None. ``linear(weight)`` of a float32 ``weight (E, H)`` is the library's own product
+    ``x -> x · weightᵀ`` in float32, on its current stream.
     """
 
     view: Callable[[Any], DeviceArray]
     stream: Callable[[Any], int]
     empty: Callable[[Any, tuple[int, ...], np.dtype], Any]
     address: Callable[[Any, tuple[int, ...], np.dtype], int | None]
+    linear: Callable[[DeviceArray], Callable[[Any], Any]] = _no_product
 
 
 def view(x: Any) -> DeviceArray:
@@ -281,7 +292,11 @@ def _torch_kind(torch: Any) -> Kind:
         fits = y.is_cuda and y.shape == shape and to_numpy.get(y.dtype) == dtype and y.is_contiguous()
         return y.data_ptr() if fits else None
 
-    return Kind(view_torch, lambda x: stream_of(x.get_device()), empty_torch, address_torch)
+    def linear_torch(weight: DeviceArray) -> Callable[[Any], Any]:
+        columns = torch.from_dlpack(weight.__dlpack__()).T  # a capsule waits for no stream: the weight is complete
+        return lambda x: x.float() @ columns
+
+    return Kind(view_torch, lambda x: stream_of(x.get_device()), empty_torch, address_torch, linear_torch)
 
 
 def _cupy_kind(cupy: Any) -> Kind:
@@ -297,7 +312,11 @@ def _cupy_kind(cupy: Any) -> Kind:
         with x.device:
             return cupy.empty(shape, dtype)
 
-    return Kind(view_cupy, stream, empty_cupy, _address)
+    def linear_cupy(weight: DeviceArray) -> Callable[[Any], Any]:
+        columns = cupy.asarray(weight).T
+        return lambda x: x.astype(np.float32) @ columns
+
+    return Kind(view_cupy, stream, empty_cupy, _address, linear_cupy)
 
 
 def _view_by_protocol(x: Any) -> DeviceArray:

@@ -110,12 +110,12 @@ class GemmConfig(PairSums):
 
     @property
     def chunk(self) -> int:
-        """Tokens that the epilogue of 2:4 turns at a time."""
+        """Tokens that the epilogue stages at a time."""
         return next(size for size in (32, 16, 8) if self.tile_t % size == 0)
 
     @property
     def staged_token_bytes(self) -> int:
-        """A token's outputs of a warpgroup in a staged tile, and 16 bytes that spread tokens over the banks."""
+        """A token's outputs of a warpgroup when staged, and 16 bytes that spread tokens over the banks."""
         return self.height * 2 + 16
 
     @property

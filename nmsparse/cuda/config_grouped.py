@@ -22,7 +22,7 @@ class GroupedConfig(GemmConfig):
     gather: bool = False  # tokens by a list of rows; else they lie in the order of the experts
     gated: bool = False
     activation: str = "identity"
-    ordered: bool = True
+    part: bool = False  # some of the experts of a layer: the plan begins where the others before them end
 
     @property
     def name(self) -> str:
@@ -30,6 +30,11 @@ class GroupedConfig(GemmConfig):
         kind = "dense" if self.dense else "samoyeds" if self.pairs else "2:4"
         act = self.activation + " gate" * self.gated
         return f"grouped {kind} {self.tile_m}x{self.tile_t}x{self.tile_k}{' gather' * self.gather} {act}"
+
+    @property
+    def few(self) -> int:
+        """Tokens of the shorter instruction, for tiles that have no more: often the last of an expert."""
+        return self.tile_t // 2 if self.tile_t >= 64 else self.tile_t
 
     @property
     def tile_rows(self) -> int:
@@ -80,6 +85,8 @@ class GroupedConfig(GemmConfig):
             found.append(f"blocks={self.blocks}, cluster={self.cluster}: one of each")
         if self.dense and self.pairs:
             found.append("dense, pairs: one kind of weight")
+        if self.ordered and not self.pairs:
+            found.append("ordered: only Samoyeds has something to add while the other consumer multiplies")
         if self.gated and self.tile_t not in (8, 16) and self.tile_t % 32:
             found.append(f"tile_t={self.tile_t}: gated epilogues store 8, 16 or multiples of 32 tokens")
         return found
@@ -92,6 +99,7 @@ class GroupedGemvConfig(GemvConfig):
     gather: bool = False
     gated: bool = False
     activation: str = "identity"
+    part: bool = False
 
     # Neighbouring CTAs have neighbouring rows of one expert.
     group: int = 1 << 20

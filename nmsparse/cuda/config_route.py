@@ -26,8 +26,8 @@ class _Config:
 
     experts: int
     threads: int
-
-    copies = False
+    copies: bool
+    kept: int | None
 
     @property
     def most_threads(self) -> int:
@@ -67,13 +67,15 @@ class RouteConfig(_Config):
     scale: float = 1.0
     bias: bool = False
     dtype: str = "f32"
+    copies: bool = False  # the tokens, into the order of the positions
+    kept: int | None = None  # experts that have an order of their own, and how many of them are not dropped
     threads: int = 1024
 
     @property
     def signature(self) -> str:
-        """Letters of the arguments: logits, bias, ids, weights, slots, rows, plan, counters; tokens, tokens of a tile,
-        pitch of the logits."""
-        return "ppppppppiii"
+        """Letters of the arguments: logits, bias, ids, weights, slots, rows, plan, counters, order, X, its
+        copy; tokens, tokens of a tile, pitch of X, pieces of eight columns, pitch of the logits."""
+        return "pppppppppppiiiii"
 
     @property
     def chunk(self) -> int:
@@ -82,8 +84,9 @@ class RouteConfig(_Config):
 
     @property
     def most_threads(self) -> int:
-        """Of a CTA for many tokens; what a lane keeps of 16 experts with a bias takes more than 64 registers."""
-        return 512 if self.bias and self.numbers > 8 else 1024
+        """Of a CTA for many tokens; what a lane keeps of 16 experts with a bias takes more than 64 registers, and
+        copies want many CTAs."""
+        return FEW_THREADS if self.copies else 512 if self.bias and self.numbers > 8 else 1024
 
     @property
     def limits_groups(self) -> bool:
@@ -121,13 +124,14 @@ class DispatchConfig(_Config):
     ids: str = "s32"
     weights: str = "f32"
     copies: bool = False  # the tokens, into the order of the positions
+    kept: int | None = None  # experts that have an order of their own, and how many of them are not dropped
     threads: int = 1024
 
     @property
     def signature(self) -> str:
-        """Letters of the arguments: ids, their weights, float32 weights, slots, rows, plan, counters, X, its copy;
-        tokens, tokens of a tile, pitch of X, pieces of eight columns."""
-        return "pppppppppiiii"
+        """Letters of the arguments: ids, their weights, float32 weights, slots, rows, plan, counters, order, X, its
+        copy; tokens, tokens of a tile, pitch of X, pieces of eight columns."""
+        return "ppppppppppiiii"
 
     @property
     def chunk(self) -> int:

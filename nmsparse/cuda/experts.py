@@ -1,6 +1,6 @@
 """The experts of an MoE layer on a GPU: four launches, whatever the routing.
 
-1. sort the routing by expert (:mod:`~nmsparse.cuda.route`);
+1. sort the routing by expert, one that is given or that of a router's logits (:mod:`~nmsparse.cuda.routing`);
 2. gate and up of all experts in one product, the activation in its epilogue; tokens are gathered inside, or, where
    experts are wide and tokens many, copied into order by the sort: each is read so often that the copy costs less;
 3. down of all experts;
@@ -8,28 +8,32 @@
 
 What depends on the routing stays on the device: the host knows how many tokens there are, and nothing waits. A CUDA
 graph of a call may be replayed with other tokens and other routings.
+
+Experts of several kinds are sorted by kind, once for all, and added up once for all; each kind has its own two
+products: two launches, and two for each kind. The pairs of dropped experts get no position.
 """
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import NMSparseError
-from . import array, driver
+from . import array
+from .arena import arena
 from .array import DeviceArray
 from .combine import Combine
-from .config_route import MAX_EXPERTS, CombineConfig, DispatchConfig
+from .config_route import MAX_EXPERTS, CombineConfig
 from .pack import DTYPES
 from .projection import Projection
-from .route import Dispatch, counters, plan_of_ends
+from .route import NO_COPY, Copy, Dispatch, Route, Sorted, plan_of_ends
+from .routing import IDS, Given, Logits, places
 
 __all__ = ["Experts", "grouped_matmul", "tile_of"]
 
-IDS = {"int32": "s32", "int64": "s64"}
-WEIGHTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+ROW = 8  # bytes of a plan for each expert
 WIDE, MANY = 2048, 100  # neurons of an expert, and tokens for each, from which on tokens are copied; benchmarks/LOG.md
 FEW_TOKENS = 8  # what the kernel without a pipeline takes of each expert
 
@@ -50,35 +54,83 @@ def tile_of(tokens: int, top_k: int, experts: int, widest: int) -> int:
     93 % get no more.
 
     >>> [tile_of(tokens, 8, 64, 128) for tokens in (1, 64, 256, 512, 4096)]
-    [8, 16, 64, 128, 128]
+    [8, 16, 64, 96, 128]
     """
     mean = tokens * top_k / active_experts(tokens, top_k, experts)
     usual = mean + 1.5 * mean**0.5
-    return next((tile for tile in (8, 16, 32, 64, 128, 256) if usual <= tile), widest) if usual < widest else widest
+    return next((tile for tile in (8, 16, 32, 64, 96, 128, 256) if usual <= tile), widest) if usual < widest else widest
+
+
+@dataclass
+class _Part:
+    """``count`` experts of one kind, from place ``first`` of the layer's order on: weights, then their projections."""
+
+    gate_up: Any
+    down: Any
+    first: int
+    count: int
+
+
+def _parts(gate_up: Any, down: Any) -> tuple[list[_Part], np.ndarray | None]:
+    """The parts of a layer and the order of its experts in them, dropped ones last; None if they are one stack."""
+    upper, lower = ({tuple(n): w for n, w in getattr(weight, "parts", ())} for weight in (gate_up, down))
+    if not upper and not lower:
+        return [_Part(gate_up, down, 0, down.shape[0])], None
+    if upper.keys() != lower.keys():
+        raise NMSparseError(
+            f"experts on a GPU: expected the same experts to be of one kind in both projections, got {gate_up!r} and "
+            f"{down!r}; let an expert have one pattern"
+        )
+    parts: list[_Part] = []
+    order: list[int] = []
+    for numbers, weight in upper.items():
+        parts.append(_Part(weight, lower[numbers], len(order), len(numbers)))
+        order += numbers
+    order += sorted(set(range(down.shape[0])) - set(order))
+    return parts, np.array(order, np.int32)
+
+
+class _Products(NamedTuple):
+    """How both projections are computed for one number of tokens."""
+
+    tile_t: int
+    copies: bool
+    gate_up: list[tuple[Any, int]]  # config and grid for each kind of experts
+    down: list[tuple[Any, int]]
 
 
 class _Call(NamedTuple):
-    """What a call with one number of tokens launches."""
+    """What a call with one number of tokens and one kind of routing launches."""
 
-    tile_t: int
-    dispatch: Dispatch
+    products: _Products
+    sort: Dispatch | Route
     combine: Combine
-    gate_up: tuple[Any, int]  # config, grid
-    down: tuple[Any, int]
-    places: tuple[int, ...]  # of plan, slots, rows, weights, h, d and the copy of the tokens in the arena
-    nbytes: int
+    places: tuple[int, ...]  # of slots, rows, plan, ids, weights, h, d and the copy of the tokens in the arena; its end
 
 
 class Experts:
-    """Both projections of all experts, ready to be called: ``experts(x, topk_ids, topk_weights)``."""
+    """Both projections of all experts, ready to be called: ``experts(x, topk_ids, topk_weights)``.
+
+    ``gate_up`` and ``down`` are what the kernels read of both, and take the place of the weights they were made of.
+    """
 
     def __init__(self, gate_up: Any, down: Any, activation: str):
         gated = gate_up.shape[1] == 2 * down.shape[2]
-        self.gate_up, self.down = Projection(gate_up, gated, activation), Projection(down, False, "identity")
+        self.parts, order = _parts(gate_up, down)
+        several = order is not None
+        for part in self.parts:
+            part.gate_up = Projection(part.gate_up, gated, activation, several)
+            part.down = Projection(part.down, False, "identity", several)
+        self.gate_up, self.down = self.parts[0].gate_up, self.parts[0].down
         self.device, self.dtype = self.down.device, down.dtype
         self.experts, self.hidden, self.width = down.shape
         if self.gate_up.device != self.device:
             raise NMSparseError(f"experts: gate_up is on cuda:{self.gate_up.device}, down on cuda:{self.device}")
+        self.kept, self.order = None, None
+        if several:
+            self.gate_up = gate_up.with_weights([part.gate_up for part in self.parts])
+            self.down = down.with_weights([part.down for part in self.parts])
+            self.kept, self.order = sum(part.count for part in self.parts), array.from_host(order, self.device)
         if self.experts > MAX_EXPERTS or self.hidden % 8 or self.width % 8:
             raise NMSparseError(
                 f"experts on a GPU: expected at most {MAX_EXPERTS} experts and widths that are multiples of 8, got "
@@ -93,52 +145,49 @@ class Experts:
         outside of 0..E-1 are left out; that a token names an expert twice is not noticed (looking would wait for the
         device). Runs on the caller's current stream.
         """
+        return self.run(x, Given(array.view(topk_ids), array.view(topk_weights)))
+
+    def run(self, x: Any, routing: Given | Logits, base: Any = None) -> Any:
+        """As a call, of any routing; ``base``, of the shape and kind of ``x``, is added before the sum is rounded."""
         kind = array.kind_of(x)
-        view, ids, weights = kind.view(x), array.view(topk_ids), array.view(topk_weights)
-        tokens, top_k = self._check(view, ids, weights)
+        view = kind.view(x)
+        tokens = self.check(view)
+        routing.check(tokens, self.experts, self.device)
         y = kind.empty(x, tuple(view.shape), view.dtype)
         if not tokens:
             return y
-        key = tokens, top_k, ids.dtype.name, weights.dtype.name
+        key = tokens, base is not None, *routing.kind
         call = self.calls.get(key)
         if call is None:
-            call = self.calls[key] = self._prepare(*key)
-        stream = kind.stream(x)
-        base = _arena(self.device, stream, call.nbytes)
-        plan, slots, rows, scaled, h, d, x_sorted = (base + place for place in call.places)
-        if weights.dtype == np.float32:
-            scaled = weights.pointer
-        pitch, pairs = view.strides[-2] if view.ndim > 1 and tokens > 1 else self.hidden, tokens * top_k
-        addresses = ids.pointer, weights.pointer, scaled, slots, rows, plan, base
-        if call.dispatch.config.copies:
-            copy = view.pointer, x_sorted, pitch, self.hidden // 8
-            call.dispatch(stream, *addresses, tokens, call.tile_t, *copy)
-            self.gate_up(*call.gate_up, stream, x_sorted, self.hidden, pairs, rows, plan, h)
-        else:
-            call.dispatch(stream, *addresses, tokens, call.tile_t)
-            self.gate_up(*call.gate_up, stream, view.pointer, pitch, tokens, rows, plan, h)
-        self.down(*call.down, stream, h, self.width, pairs, rows, plan, d)
-        call.combine(
-            stream,
-            d,
-            self.hidden,
-            slots,
-            scaled,
-            kind.address(y, y.shape, self.dtype),
-            self.hidden,
-            tokens,
-            self.hidden,
-        )
+            call = self.calls[key] = self._prepare(tokens, routing, base is not None)
+        stream, products = kind.stream(x), call.products
+        start = arena(self.device, stream, call.places[-1])
+        slots, rows, plan, ids, weights, h, d, x_sorted, _ = (start + place for place in call.places)
+        pitch, pairs = view.strides[-2] if view.ndim > 1 and tokens > 1 else self.hidden, tokens * routing.top_k
+        source, copy = (view.pointer, pitch, tokens), NO_COPY
+        if products.copies:
+            source, copy = (x_sorted, self.hidden, pairs), Copy(view.pointer, x_sorted, pitch, self.hidden // 8)
+        operands = routing.operands(ids, weights)
+        order = 0 if self.order is None else self.order.pointer
+        call.sort(stream, *operands, Sorted(slots, rows, plan, start, order), tokens, products.tile_t, copy)
+        for part, launch in zip(self.parts, products.gate_up, strict=True):
+            part.gate_up(*launch, stream, *source, rows, plan + ROW * part.first, h)
+        for part, launch in zip(self.parts, products.down, strict=True):
+            part.down(*launch, stream, h, self.width, pairs, rows, plan + ROW * part.first, d)
+        shape = tuple(view.shape)
+        added = 0 if base is None else kind.address(base, shape, self.dtype)
+        to, pitches = kind.address(y, shape, self.dtype), self.hidden
+        call.combine(stream, d, pitches, slots, operands[-1], to, pitches, tokens, self.hidden, added, pitches)
         return y
 
     def configs(self, tokens: int, top_k: int) -> list[Any]:
         """The kernels that take long to compile, so that :func:`~nmsparse.cuda.launch.compile_all` can do it ahead."""
-        call = self._prepare(tokens, top_k, "int64", "float32")
-        return [call.gate_up[0], call.down[0]]
+        products = self._products(tokens, top_k)
+        return [config for config, _ in (*products.gate_up, *products.down)]
 
-    def _check(self, x: DeviceArray, ids: DeviceArray, weights: DeviceArray) -> tuple[int, int]:
-        """Tokens and choices of each."""
-        if x.dtype != self.dtype or x.device != self.device or x.shape[-1:] != (self.hidden,):
+    def check(self, x: DeviceArray) -> int:
+        """The number of tokens of ``x (…, H)``; raises NMSparseError for what the kernels cannot read."""
+        if x.dtype != self.dtype or x.device != self.device or tuple(x.shape[-1:]) != (self.hidden,):
             wanted = f"{self.dtype.name}[…, {self.hidden}] on cuda:{self.device}"
             raise NMSparseError(f"experts: expected x as {wanted}, as the weights are, got {x!r}")
         tokens = x.size // self.hidden
@@ -146,34 +195,33 @@ class Experts:
             raise NMSparseError(f"experts: expected x contiguous, or rows at multiples of 16 bytes; got {x!r}")
         if x.pointer % 16:
             raise NMSparseError(f"experts: expected x at a multiple of 16 bytes, got {x.pointer:#x}; copy it")
-        for name, given, kinds in (("topk_ids", ids, IDS), ("topk_weights", weights, WEIGHTS)):
-            if given.dtype.name not in kinds or not given.contiguous or given.device != self.device or not given.ndim:
-                raise NMSparseError(f"experts: expected {name} in C order as {' or '.join(kinds)}, got {given!r}")
-        top_k = ids.shape[-1]
-        if ids.size != tokens * top_k or weights.shape != ids.shape:
-            raise NMSparseError(
-                f"experts: expected ids and weights ({tokens}, k), got {tuple(ids.shape)} and {tuple(weights.shape)}"
-            )
-        return tokens, top_k
+        return tokens
 
-    def _prepare(self, tokens: int, top_k: int, ids: str, weights: str) -> _Call:
+    def _products(self, tokens: int, top_k: int) -> _Products:
         pairs, active = tokens * top_k, active_experts(tokens, top_k, self.experts)
         copies = self.width >= WIDE and pairs >= MANY * active
         # Samoyeds has three sums for each token; a gather keeps up with 128.
-        sparser = "samoyeds" in (self.gate_up.kind, self.down.kind)
+        sparser = any("samoyeds" in (part.gate_up.kind, part.down.kind) for part in self.parts)
         tile_t = tile_of(tokens, top_k, self.experts, 256 if copies and not sparser else 128)
         few = tokens <= FEW_TOKENS and tile_t == FEW_TOKENS
-        gate_up = self.gate_up.plan(tile_t, not copies, pairs, active, few)
-        down = self.down.plan(tile_t, False, pairs, active, few)
-        dispatch = DispatchConfig(self.experts, top_k, IDS[ids], WEIGHTS[weights], copies)
-        combine = CombineConfig(top_k, DTYPES[self.dtype.name])
+        gate_up, down = [], []
+        for part in self.parts:
+            share = part.count / self.experts
+            load = pairs, active * share, few, share
+            gate_up.append(part.gate_up.plan(tile_t, not copies, *load))
+            down.append(part.down.plan(tile_t, False, *load))
+        return _Products(tile_t, copies, gate_up, down)
+
+    def _prepare(self, tokens: int, routing: Given | Logits, base: bool) -> _Call:
+        pairs, products = tokens * routing.top_k, self._products(tokens, routing.top_k)
+        combine = CombineConfig(routing.top_k, DTYPES[self.dtype.name], base)
+        # Of slots, rows, plan, ids, weights, h, d, and the copy of the tokens.
         sizes = (
-            COUNTER_BYTES, 8 * self.experts, 4 * pairs, 4 * pairs, 4 * pairs, 2 * pairs * self.width,
-            2 * pairs * self.hidden, 2 * pairs * self.hidden * copies,
+            4 * pairs, 4 * pairs, ROW * (self.experts + 1), 4 * pairs, 4 * pairs,
+            2 * pairs * self.width, 2 * pairs * self.hidden, 2 * pairs * self.hidden * products.copies,
         )  # fmt: skip
-        *places, nbytes = itertools.accumulate(-(-size // 256) * 256 for size in sizes)
-        around = Dispatch(dispatch, self.device), Combine(combine, self.device)
-        return _Call(tile_t, *around, gate_up, down, tuple(places), nbytes)
+        sort = routing.launch(self.experts, self.device, products.copies, self.kept)
+        return _Call(products, sort, Combine(combine, self.device), tuple(places(*sizes)))
 
 
 def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
@@ -191,7 +239,7 @@ def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
     aligned = view.strides[1] == 1 and not view.strides[0] % 8 and not view.pointer % 16
     if not aligned or projection.columns % 8 or projection.outputs % 8:
         raise NMSparseError(f"grouped_matmul: expected rows of x and y at multiples of 16 bytes, got {view!r}")
-    if ends.dtype.name not in IDS or ends.shape != (projection.experts,) or not ends.contiguous:
+    if ends.dtype not in IDS or ends.shape != (projection.experts,) or not ends.contiguous:
         raise NMSparseError(f"grouped_matmul: expected offsets int32 or int64[{projection.experts}], got {ends!r}")
     pairs = view.shape[0]
     y = kind.empty(x, (pairs, projection.outputs), view.dtype)
@@ -204,8 +252,9 @@ def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
         active = min(projection.experts, pairs)
         ready = projection.plans[pairs] = tile_t, *projection.plan(tile_t, False, pairs, active)
     tile_t, config, grid = ready
-    plan = _arena(projection.device, stream, COUNTER_BYTES + 8 * projection.experts) + COUNTER_BYTES
-    plan_of_ends(projection.experts, IDS[ends.dtype.name], projection.device, stream, ends.pointer, plan, tile_t)
+    at, end = places(8 * projection.experts)
+    plan = arena(projection.device, stream, end) + at
+    plan_of_ends(projection.experts, IDS[ends.dtype], projection.device, stream, ends.pointer, plan, tile_t)
     to = kind.address(y, tuple(y.shape), view.dtype)
     projection(config, grid, stream, view.pointer, view.strides[0], pairs, 0, plan, to)
     return y
@@ -218,26 +267,3 @@ def _projection(weight: Any) -> Projection:
     except AttributeError:
         weight._cuda_projection = Projection(weight, False, "identity")
         return weight._cuda_projection
-
-
-COUNTER_BYTES = 4 * counters(MAX_EXPERTS)  # those of any layer lie where no layer keeps anything else
-
-
-_arenas: dict[tuple[int, int, int], list[DeviceArray]] = {}
-
-
-def _arena(device: int, stream: int, nbytes: int) -> int:
-    """Address of memory for the calls on ``stream``, which use it one after the other; it begins with zeros.
-
-    A graph under capture gets its own, since it may be replayed beside the stream. What is outgrown stays, for a
-    running kernel or a graph may still use it; each is twice as large as the last.
-    """
-    held = _arenas.setdefault((device, stream, driver.capture_id(stream)), [])
-    if not held or held[-1].size < nbytes:
-        size = max(nbytes, 2 * held[-1].size if held else 0)
-        with driver.relaxed_capture():
-            memory = array.empty((size,), np.uint8, device)
-            zeros = np.zeros(COUNTER_BYTES, np.uint8)
-            driver.copy_to_device(memory.pointer, zeros.ctypes.data, zeros.nbytes, device)
-        held.append(memory)
-    return held[-1].pointer

@@ -31,9 +31,13 @@ class Projection:
     """One projection of all experts ``(E, M, K)`` in the layout of the grouped kernels.
 
     ``gated`` weights hold gate rows, then up rows; they are packed side by side. Dense ones are read as they are.
+    ``part``: these are some of the experts of a layer, whose plan begins where the others before them end.
     """
 
-    def __init__(self, weight: SparseArray | DeviceArray, gated: bool, activation: str):
+    part = False
+
+    def __init__(self, weight: SparseArray | DeviceArray, gated: bool, activation: str, part: bool = False):
+        self.part = part
         self.kind, self.gated, self.activation = kind_of_weight(weight), gated, activation
         self.shape, self.dtype, self.pattern = tuple(weight.shape), weight.dtype, getattr(weight, "pattern", None)
         self.experts, rows, self.columns = self.shape
@@ -67,7 +71,7 @@ class Projection:
         """The kernel for tiles of ``tile_t`` tokens; the one without a pipeline for ``few``."""
         pairs = self.kind == "samoyeds"
         kind = {"dtype": self.letters, "pairs": pairs, "gather": gather, "gated": self.gated}
-        kind["activation"] = self.activation
+        kind |= {"activation": self.activation, "part": self.part}
         if few:
             return GroupedGemvConfig(**kind)
         narrow = self.kind == "dense" or tile_t > 128 or (pairs and self.run_columns % 128)
@@ -76,6 +80,7 @@ class Projection:
             tile_t=tile_t,
             tile_k=64 if narrow else 128,
             dense=self.kind == "dense",
+            ordered=pairs and tile_t > 64,
             weights_hint="evict_first" if tile_t <= 32 and self.kind != "dense" else None,
             group=16 if tile_t <= 128 else 8,
             **kind,
@@ -91,10 +96,12 @@ class Projection:
                 return self.config(tile_t, gather, warpgroups=warpgroups)
         return self.config(tile_t, gather, few and self.kind != "dense", 1)
 
-    def plan(self, tile_t: int, gather: bool, pairs: int, active: float, few: bool = False) -> tuple[Any, int]:
-        """Kernel and CTAs for ``pairs`` rows that about ``active`` experts share; all experts may get some."""
+    def plan(
+        self, tile_t: int, gather: bool, pairs: int, active: float, few: bool = False, share: float = 1.0
+    ) -> tuple[Any, int]:
+        """Kernel and CTAs for ``pairs`` rows, of which about a ``share`` for ``active`` experts is likely."""
         sms, most = launch.model_of(self.device).sms, min(self.experts, pairs)
-        config = self.choose(tile_t, gather, active * max(1.0, pairs / active / tile_t), few, sms)
+        config = self.choose(tile_t, gather, active * max(1.0, share * pairs / active / tile_t), few, sms)
         if isinstance(config, GroupedGemvConfig):
             return config, most * self.row_blocks * 4
         return config, min(sms, (pairs // tile_t + most) * -(-self.row_blocks // config.warpgroups))

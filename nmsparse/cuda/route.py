@@ -7,13 +7,13 @@ CUDA graph serves every routing. The kernels are in :mod:`nmsparse.cuda.kernels.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import NMSparseError
 from . import launch
 from .config_route import EXPERT_BITS, FEW_THREADS, EndsConfig
 
-__all__ = ["Dispatch", "Route", "counters", "plan_of_ends"]
+__all__ = ["Copy", "Dispatch", "Route", "Sorted", "counters", "plan_of_ends"]
 
 MAX_TOKENS = 1 << 32 - EXPERT_BITS
 TOKENS_OF_A_WARP = 2  # as many as one CTA takes before there are others: meeting them costs as much
@@ -33,6 +33,41 @@ def counters(experts: int) -> int:
     return experts + 2  # how many CTAs have arrived, and left
 
 
+class Sorted(NamedTuple):
+    """Addresses of what a launch writes when it sorts; of S = tokens·k slots, and of the counters it needs.
+
+    ============  ==================  ==============================================================================
+    ``slots``     int32 (tokens, k)   position of each slot in the order by expert
+    ``rows``      int32 (S,)          token of each position
+    ``plan``      int32 (2, E)        cumulative ends of the experts' positions, and of their tiles of ``tile_t``
+    ``counters``  int32               as many zeros as :func:`counters` says, for launches that follow each other
+    ``order``     int32 (E,)          with ``config.kept``, which is read: experts as the plan has them, dropped ones
+                                      last; the plan is then (kept + 1, 2), see :mod:`nmsparse.cuda.kernels.route`
+    ============  ==================  ==============================================================================
+
+    Positions within an expert may come in another order in every run.
+    """
+
+    slots: int
+    rows: int
+    plan: int
+    counters: int
+    order: int = 0
+
+
+class Copy(NamedTuple):
+    """With ``config.copies``: rows of ``x``, ``x_pitch`` elements of 2 bytes apart, go to ``x_sorted (S, 8·pieces)`` in
+    the order of the positions."""
+
+    x: int = 0
+    x_sorted: int = 0
+    x_pitch: int = 0
+    pieces: int = 0
+
+
+NO_COPY = Copy()
+
+
 class _Launch:
     """A config on a device; its kernels are loaded when a number of tokens first asks for one."""
 
@@ -40,37 +75,42 @@ class _Launch:
         if problems := config.problems():
             raise NMSparseError(f"{config}: {'; '.join(problems)}")
         self.config, self.device, self.sms = config, device, launch.model_of(device).sms
-        self._kernels: dict[int, Any] = {}
+        self._kernels: dict[int, tuple[Any, int]] = {}
 
-    def _kernel(self, tokens: int, work: int) -> tuple[Any, int]:
-        """The kernel and the number of CTAs for ``work`` warps' worth of tokens."""
-        if tokens >= MAX_TOKENS or tokens * self.config.top_k >= 1 << 30:
+    def _run(
+        self,
+        stream: int,
+        work: int,
+        head: tuple[int, ...],
+        to: Sorted,
+        tokens: int,
+        tile_t: int,
+        copy: Copy,
+        *last: int,
+    ) -> None:
+        """Launch for ``work`` warps' worth of tokens; ``head`` and ``last`` are arguments that only one kind has."""
+        slots = tokens * self.config.top_k
+        if tokens >= MAX_TOKENS or slots >= 1 << 30:
             raise NMSparseError(f"route: expected fewer than {MAX_TOKENS} tokens and 2**30 slots, got {tokens} tokens")
         threads = FEW_THREADS if 32 * work <= FEW_THREADS else self.config.most_threads
-        kernel = self._kernels.get(threads)
-        if kernel is None:
-            kernel = self._kernels[threads] = launch.kernel_of(replace(self.config, threads=threads), self.device)
-        warps = threads // 32
-        return kernel, 1 if work <= TOKENS_OF_A_WARP * warps else min(self.sms, -(-work // warps))
+        if threads not in self._kernels:
+            config = replace(self.config, threads=threads)
+            self._kernels[threads] = launch.kernel_of(config, self.device), config.chunk
+        kernel, chunk = self._kernels[threads]
+        alone = work <= TOKENS_OF_A_WARP * threads // 32 and not self.config.copies
+        grid = 1 if alone else max(1, min(self.sms, -(-slots // chunk)))
+        kernel(grid, stream, *head, *to, copy.x, copy.x_sorted, tokens, tile_t, copy.x_pitch, copy.pieces, *last)
 
 
 class Route(_Launch):
     """Routes tokens from their logits and sorts them by expert: ``Route(config, device)(stream, …)``, one launch.
 
     Reads ``logits (tokens, E)`` of ``config.dtype``, rows ``pitch`` elements apart, and with ``config.bias`` a float32
-    ``bias (E,)``; all are addresses. Writes, with S = tokens·k slots:
+    ``bias (E,)``; all are addresses. Writes ``ids`` int32 and ``weights`` float32 ``(tokens, k)``: the experts of each
+    token by descending weight and these weights, as :func:`nmsparse.moe.route` says, to a few ulp.
 
-    =============  ==================  =============================================================================
-    ``ids``        int32 (tokens, k)   the experts of each token, by descending weight
-    ``weights``    float32 (tokens,k)  theirs, as :func:`nmsparse.moe.route` says, to a few ulp
-    ``slots``      int32 (tokens, k)   position of each slot in the order by expert
-    ``rows``       int32 (S,)          token of each position
-    ``plan``       int32 (2, E)        cumulative ends of the experts' positions, and of their tiles of ``tile_t``
-    =============  ==================  =============================================================================
-
-    ``counters`` are :func:`counters` int32 zeros, for launches that follow each other. Positions within an expert may
-    come in another order in every run. Does not allocate and does not wait; up to one CTA an SM, all at the same time.
-    A NaN among the logits of a token makes its weights NaN, and its experts arbitrary.
+    Does not allocate and does not wait; up to one CTA an SM, all at the same time. A NaN among the logits of a token
+    makes its weights NaN, and its experts arbitrary.
     """
 
     def __call__(
@@ -81,24 +121,19 @@ class Route(_Launch):
         bias: int,
         ids: int,
         weights: int,
-        slots: int,
-        rows: int,
-        plan: int,
-        counters: int,
+        to: Sorted,
         tokens: int,
         tile_t: int,
+        copy: Copy = NO_COPY,
     ) -> None:
-        kernel, grid = self._kernel(tokens, tokens)
-        kernel(grid, stream, logits, bias, ids, weights, slots, rows, plan, counters, tokens, tile_t, pitch)
+        self._run(stream, tokens, (logits, bias, ids, weights), to, tokens, tile_t, copy, pitch)
 
 
 class Dispatch(_Launch):
     """Sorts a given routing by expert: ``Dispatch(config, device)(stream, …)``, one launch.
 
     Reads ``ids (tokens, k)`` and, unless they are float32 already, ``given (tokens, k)``, the weights, of which it then
-    writes ``weights`` in float32. The other outputs are those of :class:`Route`, but an id outside of 0..E-1 is
-    dropped: its slot is -1, and fewer rows are written. With ``config.copies`` the rows of ``x``, ``x_pitch`` elements
-    apart, go to ``x_sorted (S, 8·pieces)`` in the order of the positions, 16 bytes at a time.
+    writes ``weights`` in float32. An id outside of 0..E-1 is dropped: its slot is -1, and fewer rows are written.
     """
 
     def __call__(
@@ -107,20 +142,10 @@ class Dispatch(_Launch):
         ids: int,
         given: int,
         weights: int,
-        slots: int,
-        rows: int,
-        plan: int,
-        counters: int,
+        to: Sorted,
         tokens: int,
         tile_t: int,
-        x: int = 0,
-        x_sorted: int = 0,
-        x_pitch: int = 0,
-        pieces: int = 0,
+        copy: Copy = NO_COPY,
     ) -> None:
-        number = tokens * self.config.top_k
-        kernel, grid = self._kernel(tokens, -(-number // 32))
-        if self.config.copies:
-            grid = max(1, min(self.sms, -(-number // self.config.chunk)))
-        sizes = tokens, tile_t, x_pitch, pieces
-        kernel(grid, stream, ids, given, weights, slots, rows, plan, counters, x, x_sorted, *sizes)
+        work = -(-tokens * self.config.top_k // 32)
+        self._run(stream, work, (ids, given, weights), to, tokens, tile_t, copy)

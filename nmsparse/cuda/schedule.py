@@ -15,7 +15,9 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 
 from __future__ import annotations
 
-__all__ = ["divide", "piece", "pieces", "place", "run_of", "whole_tiles"]
+__all__ = ["divide", "nth", "piece", "pieces", "place", "run_of", "share", "whole_tiles"]
+
+SHIFT = 37  # a prime
 
 
 def divide(a, b):
@@ -80,3 +82,26 @@ def place(tile, row_tiles, token_tiles, group):
     height = min(group, row_tiles - band * group)
     token = divide(inside, height)
     return band * group + inside - token * height, token
+
+
+def nth(index, worker, workers):
+    """Tile ``index`` of ``worker`` where tiles are dealt in rounds, in each of which all workers move up.
+
+    Tiles of experts come in a pattern of dear and cheap ones; were ``workers`` a multiple of its length, some would
+    always get the dear ones.
+
+    >>> [[nth(i, worker, 4) for i in range(3)] for worker in (0, 3)]
+    [[0, 5, 10], [3, 4, 9]]
+    """
+    moved = worker + index * SHIFT
+    return index * workers + moved - divide(moved, workers) * workers
+
+
+def share(worker, workers, tiles):
+    """How many of ``tiles`` :func:`nth` deals to ``worker``.
+
+    >>> [share(worker, 4, 10) for worker in range(4)]
+    [2, 2, 3, 3]
+    """
+    rounds = divide(tiles, workers)
+    return rounds + (1 if nth(rounds, worker, workers) < tiles else 0)

@@ -268,16 +268,10 @@ def _load_experts(prefix: str, count: int, tensor: Callable[[str], Weights]) -> 
 
     if held(f"{prefix}.down_proj"):
         return SparseExperts(tensor(f"{prefix}.gate_up_proj"), tensor(f"{prefix}.down_proj"))
-    if held(f"{prefix}.0.down_proj"):  # a pattern for each expert: one dense array holds them all
-        return SparseExperts(
-            *(np.stack([_dense(tensor(f"{prefix}.{e}.{name}")) for e in range(count)]) for name in FUSED)
-        )
+    if held(f"{prefix}.0.down_proj"):  # a pattern for each expert
+        return SparseExperts(*([tensor(f"{prefix}.{e}.{name}") for e in range(count)] for name in FUSED))
     gate, down, up = (np.stack([tensor(f"{prefix}.{e}.{w}.weight") for e in range(count)]) for w in ("w1", "w2", "w3"))
     return SparseExperts(np.concatenate([gate, up], axis=1), down)
-
-
-def _dense(weight: Weights) -> np.ndarray:
-    return weight.todense() if isinstance(weight, SparseArray) else weight
 
 
 def bits_per_byte(logits: np.ndarray, tokens: np.ndarray) -> float:

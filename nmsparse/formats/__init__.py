@@ -9,15 +9,18 @@ import numpy as np
 from ..errors import NMSparseError
 from . import pattern as _pattern
 from ._base import SparseArray, Transposed, stack
+from .mixed import MixedExperts, stack_experts
 from .nm import NMArray
 from .pattern import NM, VNM, Pattern, Samoyeds, parse
 from .samoyeds import SamoyedsArray
-from .tokens import RaggedTokens
+from .tokens import DROPPED, RaggedTokens
 from .vnm import VNMArray
 
 __all__ = [
+    "DROPPED",
     "NM",
     "VNM",
+    "MixedExperts",
     "NMArray",
     "Pattern",
     "RaggedTokens",
@@ -31,6 +34,7 @@ __all__ = [
     "parse",
     "random",
     "stack",
+    "stack_experts",
 ]
 
 CLASSES: dict[str, type[SparseArray]] = {kind.format: kind for kind in (NMArray, VNMArray, SamoyedsArray)}

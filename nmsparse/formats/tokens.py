@@ -8,13 +8,16 @@ import numpy as np
 
 from ..errors import NMSparseError
 
+DROPPED = -1  # the id of a slot that no expert runs
+
 
 @dataclass(frozen=True)
 class RaggedTokens:
     """The slots (token, choice) of a top-k routing, sorted by expert, tokens in order within each expert.
 
     Activations are sparse by routing: expert e reads rows ``token_ids[offsets[e-1]:offsets[e]]`` of the token-major
-    ``x`` ``(T, K)`` and nothing else, gathered inside the kernel. With S = T·k slots and E experts:
+    ``x`` ``(T, K)`` and nothing else, gathered inside the kernel. With E experts and S of the T·k slots that have one
+    (all, unless some are dropped):
 
     =============  ========  ================================================================================
     ``token_ids``  ``(S,)``  the token of each slot
@@ -41,23 +44,29 @@ class RaggedTokens:
     def from_topk(cls, ids: np.ndarray, num_experts: int) -> RaggedTokens:
         """Sort the routing ``ids`` ``(T, k)``, int32 or int64 expert numbers in 0..num_experts-1, by expert.
 
-        Raises :class:`~nmsparse.errors.NMSparseError` for ids out of range and for a token that names an expert twice.
+        A slot with the id ``DROPPED`` (-1) is left out, as dropped tokens and experts of other devices are.
+        Raises :class:`~nmsparse.errors.NMSparseError` for other ids out of range and for a token that names an expert
+        twice.
+
+        >>> RaggedTokens.from_topk(np.array([[1, DROPPED], [DROPPED, 0]]), 2).slots.tolist()
+        [3, 0]
         """
         ids = np.asarray(ids)
         if ids.ndim != 2 or ids.dtype not in (np.int32, np.int64):
             raise NMSparseError(f"routing ids: expected int32 or int64 (T, k), got {ids.dtype}{list(ids.shape)}")
         num_tokens, top_k = ids.shape
-        if ids.size and not 0 <= ids.min() <= ids.max() < num_experts:
-            bad = np.argwhere((ids < 0) | (ids >= num_experts))[0]
+        if ids.size and not DROPPED <= ids.min() <= ids.max() < num_experts:
+            bad = np.argwhere((ids < DROPPED) | (ids >= num_experts))[0]
             raise NMSparseError(
-                f"routing ids: expected expert numbers in 0..{num_experts - 1}, "
+                f"routing ids: expected expert numbers in 0..{num_experts - 1}, or {DROPPED} to leave a slot out, "
                 f"got {ids[tuple(bad)]} for token {bad[0]}"
             )
         in_order = np.sort(ids, axis=1)
-        if twice := np.argwhere(in_order[:, 1:] == in_order[:, :-1]).tolist():
+        if twice := np.argwhere((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] != DROPPED)).tolist():
             raise NMSparseError(f"routing ids: token {twice[0][0]} names an expert twice: {ids[twice[0][0]].tolist()}")
-        slots = np.argsort(ids, axis=None, kind="stable").astype(ids.dtype)
-        offsets = np.cumsum(np.bincount(ids.ravel(), minlength=num_experts)).astype(ids.dtype)
+        counts = np.bincount(ids.ravel() - DROPPED, minlength=num_experts + 1)
+        slots = np.argsort(ids, axis=None, kind="stable").astype(ids.dtype)[counts[0] :]
+        offsets = np.cumsum(counts[1:]).astype(ids.dtype)
         return cls(slots // max(top_k, 1), slots, offsets, num_tokens, top_k)
 
     @property

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import NMSparseError
-from ..formats import SparseArray, from_buffers
-from .schema import KEY, Entry, decode
+from ..formats import MixedExperts, SparseArray, from_buffers
+from .schema import KEY, Entry, Mixture, decode, decode_mixtures
 from .tensorfile import Tensor, parse_json, read_header
 
 INDEX = "nmsparse.safetensors.index.json"
@@ -39,7 +39,7 @@ class ArrayInfo:
         return self.stored / size if size else 0.0
 
 
-class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
+class Checkpoint(Mapping[str, "SparseArray | MixedExperts | np.ndarray"]):
     """The arrays of a safetensors checkpoint by name; each is read when it is asked for, and not kept.
 
     ``path`` is a ``.safetensors`` file, an ``.index.json``, or a directory with one of the two: written by
@@ -62,6 +62,7 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, Tensor] = {}
         self._entries: dict[str, Entry] = {}
+        self._mixtures: dict[str, Mixture] = {}
         for file, wanted in _files(self.path).items():
             self._add(file, wanted)
         self.metadata.pop(KEY, None)
@@ -70,11 +71,17 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
         for name in dense:
             if name in self._entries:
                 raise NMSparseError(f"{self.path}: {name!r} names both a sparse array and a dense tensor")
-        self._names = dict.fromkeys([*self._entries, *dense])
+        parts = {part for mixture in self._mixtures.values() for part in mixture.parts}
+        for name in self._mixtures:
+            if name in self._entries or name in self.tensors:
+                raise NMSparseError(f"{self.path}: {name!r} names both experts of several patterns and an array")
+        arrays = [name for name in (*self._entries, *dense) if name not in parts]
+        self._names = dict.fromkeys([*self._mixtures, *arrays])
 
     def _add(self, file: Path, wanted: list[str] | None) -> None:
         tensors, metadata = read_header(file)
         entries = decode(file, metadata, tensors)
+        mixtures = decode_mixtures(file, metadata, {*entries, *tensors})
         if wanted is not None:
             missing = [name for name in wanted if name not in tensors]
             if missing:
@@ -86,6 +93,8 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
         self.metadata.update(metadata)
         self.tensors.update(tensors)
         self._entries.update(entries)
+        held = {*entries, *tensors}
+        self._mixtures |= {name: mixture for name, mixture in mixtures.items() if held.issuperset(mixture.parts)}
 
     def _listed(self, file: Path, name: str, entry: Entry, tensors: Mapping[str, Tensor]) -> bool:
         absent = [part for part in entry.buffer_names(name).values() if part not in tensors]
@@ -95,10 +104,21 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
             )
         return not absent
 
-    def __getitem__(self, name: str) -> SparseArray | np.ndarray:
+    def __getitem__(self, name: str) -> SparseArray | MixedExperts | np.ndarray:
+        self._require(name)
+        if name in self._mixtures:
+            mixture = self._mixtures[name]
+            parts = [(numbers, self._array(part)) for part, numbers in mixture.parts.items()]
+            try:
+                return MixedExperts(parts, mixture.count)
+            except NMSparseError as error:
+                raise NMSparseError(f"{self.path}: experts {name!r}: {error}") from None
+        return self._array(name)
+
+    def _array(self, name: str) -> SparseArray | np.ndarray:
         if name in self._entries:
             return self._sparse(name, self._entries[name])
-        return self._dense(name).read()
+        return self.tensors[name].read()
 
     def _sparse(self, name: str, entry: Entry) -> SparseArray:
         parts = {buffer: self.tensors[tensor] for buffer, tensor in entry.buffer_names(name).items()}
@@ -107,14 +127,13 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
         except NMSparseError as error:
             raise NMSparseError(f"{parts['values'].path}: array {name!r}: {error}") from None
 
-    def _dense(self, name: str) -> Tensor:
+    def _require(self, name: str) -> None:
         if name not in self._names:
             import difflib
 
             close = difflib.get_close_matches(str(name), self._names, 3)
             hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
             raise KeyError(f"{self.path} holds no array {name!r}{hint}")
-        return self.tensors[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -127,9 +146,19 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
 
     def describe(self, name: str) -> ArrayInfo:
         """Name, pattern, dtype, shape and sizes of an array, from the headers alone."""
+        self._require(name)
+        if name not in self._mixtures:
+            return self._describe(name)
+        mixture = self._mixtures[name]
+        parts = [self._describe(part) for part in mixture.parts]
+        kinds, shape = " + ".join(part.pattern or "dense" for part in parts), (mixture.count, *parts[0].shape[1:])
+        nbytes, stored = (sum(getattr(part, count) for part in parts) for count in ("nbytes", "stored"))
+        return ArrayInfo(name, kinds, "mixed", parts[0].dtype, shape, nbytes, stored)
+
+    def _describe(self, name: str) -> ArrayInfo:
         entry = self._entries.get(name)
         if entry is None:
-            tensor = self._dense(name)
+            tensor = self.tensors[name]
             return ArrayInfo(
                 name, None, "dense", _dtype_name(tensor), tensor.shape, tensor.nbytes, math.prod(tensor.shape)
             )
@@ -139,16 +168,17 @@ class Checkpoint(Mapping[str, "SparseArray | np.ndarray"]):
 
     @property
     def sparse_names(self) -> list[str]:
-        return list(self._entries)
+        """Arrays that are sparse, or have sparse parts."""
+        return [name for name in self._names if name in self._entries or name in self._mixtures]
 
     def __repr__(self) -> str:
-        sparse = len(self._entries)
+        sparse = len(self.sparse_names)
         return f"Checkpoint({str(self.path)!r}, {sparse} sparse and {len(self) - sparse} dense arrays)"
 
 
 def load(
     path: str | PathLike[str], select: str | Callable[[str], bool] | None = None
-) -> dict[str, SparseArray | np.ndarray]:
+) -> dict[str, SparseArray | MixedExperts | np.ndarray]:
     """Read all arrays of a checkpoint (see :class:`Checkpoint`), or those that ``select`` chooses.
 
     ``select`` is a prefix of the names, or a function from a name to whether to read it.

@@ -4,13 +4,18 @@ Array ``w`` becomes the tensors ``w.values``, ``w.meta`` and, where its format h
 metadata holds, under ``"nmsparse"``, JSON of this form::
 
     {"schema": 1, "arrays": {"w": {"format": "nm", "pattern": "2:4", "shape": [8, 64], "dtype": "bfloat16"}}}
+
+Experts of several patterns are an array for each kind, ``w.0``, ``w.1``, sparse or dense, and one more entry beside
+``"arrays"``, which says whose weights they are::
+
+    "experts": {"w": {"count": 4, "parts": {"w.0": [0, 3], "w.1": [2]}}}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +44,15 @@ class Entry:
         return {buffer: f"{name}.{buffer}" for buffer in layout}
 
 
-def encode(entries: Mapping[str, Entry]) -> str:
+@dataclass(frozen=True)
+class Mixture:
+    """What the metadata says of experts of several patterns: how many there are, and whose weights each array holds."""
+
+    count: int
+    parts: Mapping[str, list[int]]
+
+
+def encode(entries: Mapping[str, Entry], mixtures: Mapping[str, Mixture] | None = None) -> str:
     """The text kept under ``"nmsparse"`` in the metadata of a file."""
     arrays = {
         name: {
@@ -50,7 +63,30 @@ def encode(entries: Mapping[str, Entry]) -> str:
         }
         for name, entry in entries.items()
     }
-    return json.dumps({"schema": SCHEMA, "arrays": arrays})
+    experts = {"experts": {name: asdict(mixture) for name, mixture in mixtures.items()}} if mixtures else {}
+    return json.dumps({"schema": SCHEMA, "arrays": arrays, **experts})
+
+
+def decode_mixtures(path: Path, metadata: Mapping[str, str], names: Collection[str]) -> dict[str, Mixture]:
+    """The experts of several patterns in a file with arrays of these ``names``; its schema has been checked."""
+    if KEY not in metadata:
+        return {}
+    listed = parse_json(metadata[KEY], f"{path}: the {KEY!r} metadata").get("experts", {})
+    if not isinstance(listed, dict):
+        raise NMSparseError(f"{path}: expected an object 'experts' in the {KEY!r} metadata, got {listed!r}")
+    mixtures = {}
+    for name, fields in listed.items():
+        where = f"{path}: experts {name!r}"
+        count, parts = (fields.get(key) if isinstance(fields, dict) else None for key in ("count", "parts"))
+        if type(count) is not int or not isinstance(parts, dict) or not parts:
+            raise NMSparseError(f"{where}: expected an object with count and parts, got {fields!r}")
+        for part, numbers in parts.items():
+            if part not in names:
+                raise NMSparseError(f"{where} lack their part {part!r}")
+            if not isinstance(numbers, list) or not all(type(e) is int and 0 <= e < count for e in numbers):
+                raise NMSparseError(f"{where}: part {part!r} should list numbers in 0..{count - 1}, got {numbers!r}")
+        mixtures[name] = Mixture(count, parts)
+    return mixtures
 
 
 def decode(path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Entry]:

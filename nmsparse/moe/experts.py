@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import reference
 from ..errors import NMSparseError
-from ..formats import Pattern, RaggedTokens, SparseArray
+from ..formats import MixedExperts, Pattern, RaggedTokens, SparseArray, stack_experts
 from ..formats.checks import as_weight, is_on_gpu
+from ..formats.mixed import DENSE, DROP, kind_of
 from ..ops import _cuda, array, as_activation, takes_tensors
+from .router import Router
+
+Weights = SparseArray | MixedExperts | np.ndarray | Sequence[SparseArray | np.ndarray | None]
 
 
 class SparseExperts:
@@ -21,8 +26,12 @@ class SparseExperts:
     With ``gate_up`` (E, I, H) there is no gate: ``down[e] act(gate_up[e] x)``. ``down`` is (E, H, I). Both are sparse
     arrays or dense ndarrays, of one dtype. ``activation`` is a key of ``nmsparse.reference.ACTIVATIONS``.
 
+    Experts may differ in pattern: either weight may be :class:`~nmsparse.formats.MixedExperts`, or a list with the
+    weight of each expert, None for one that is dropped (it then gives zeros, as if no token took it).
+
     Weights on a GPU, sparse arrays or dense ones of torch, cupy or DLPack, float16 or bfloat16, serve calls there
-    (:mod:`nmsparse.cuda.experts`): four launches, no waiting, any routing in a CUDA graph.
+    (:mod:`nmsparse.cuda.experts`): four launches (two, and two for each pattern, where experts differ), no waiting, any
+    routing in a CUDA graph. There an expert's ``gate_up`` and ``down`` have to be grouped alike.
 
     Raises NMSparseError for weights that do not fit each other and for an unknown activation.
 
@@ -36,7 +45,7 @@ class SparseExperts:
     ((3, 32), 'float32')
     """
 
-    def __init__(self, gate_up: SparseArray | np.ndarray, down: SparseArray | np.ndarray, activation: str = "silu"):
+    def __init__(self, gate_up: Weights, down: Weights, activation: str = "silu"):
         self.gate_up, self.down = _expert_weights("gate_up", gate_up), _expert_weights("down", down)
         num_experts, rows, hidden = self.gate_up.shape
         if self.down.shape[:2] != (num_experts, hidden) or rows not in (self.down.shape[2], 2 * self.down.shape[2]):
@@ -57,14 +66,21 @@ class SparseExperts:
 
     @classmethod
     def from_dense(
-        cls, gate_up: np.ndarray, down: np.ndarray, pattern: str | Pattern, activation: str = "silu"
+        cls, gate_up: np.ndarray, down: np.ndarray, pattern: str | Pattern | Sequence[str], activation: str = "silu"
     ) -> SparseExperts:
         """Prune dense weights by magnitude to one pattern. To rank by other scores, call ``nmsparse.array`` on each.
+
+        ``pattern`` may also name what becomes of each expert: a pattern, ``"dense"`` or ``"drop"``.
 
         >>> SparseExperts.from_dense(np.ones((2, 8, 16)), np.ones((2, 16, 8)), "1:4", "relu").gated
         False
         """
-        return cls(array(gate_up, pattern), array(down, pattern), activation)
+        if isinstance(pattern, (str, Pattern)):
+            return cls(array(gate_up, pattern), array(down, pattern), activation)
+        for weight in (gate_up, down):
+            if len(pattern) != len(weight):
+                raise NMSparseError(f"expected a pattern for each of {len(weight)} experts, got {len(pattern)}")
+        return cls(*(list(map(_pruned, weight, pattern)) for weight in (gate_up, down)), activation)
 
     @property
     def num_experts(self) -> int:
@@ -87,6 +103,11 @@ class SparseExperts:
         return self.gate_up.shape[1] == 2 * self.down.shape[2]
 
     @property
+    def device(self) -> str:
+        """Where the weights are: ``"cpu"`` or ``"cuda:N"``."""
+        return "cpu" if self._gpu is None else f"cuda:{self._gpu.device}"
+
+    @property
     def dtype(self) -> np.dtype:
         """dtype of the weights."""
         return self.down.dtype
@@ -103,7 +124,8 @@ class SparseExperts:
         return patterns.pop() if len(patterns) == 1 else None
 
     def __repr__(self) -> str:
-        kinds = [str(getattr(weight, "pattern", "dense")) for weight in (self.gate_up, self.down)]
+        weights = self.gate_up, self.down
+        kinds = [w.summary if isinstance(w, MixedExperts) else kind_of(w) for w in weights]
         gate = "gated " if self.gated else ""
         return (
             f"SparseExperts({self.num_experts} experts, hidden {self.hidden_size}, intermediate "
@@ -128,8 +150,9 @@ class SparseExperts:
         ``x`` is (T, H), or (…, H) with any leading axes; ``topk_ids`` (…, k) int32 or int64 and ``topk_weights``
         (…, k), as :func:`~nmsparse.moe.route` returns them, have the same leading axes or one for all tokens.
         Arithmetic is float32, or float64 (slowly, by ``nmsparse.reference``) where ``x`` or the weights are float64.
+        An id of -1 (:data:`nmsparse.formats.DROPPED`) leaves a slot out.
 
-        Raises NMSparseError for shapes that do not fit, ids below 0 or beyond E - 1, an expert named twice by a token,
+        Raises NMSparseError for shapes that do not fit, ids below -1 or beyond E - 1, an expert named twice by a token,
         and routing weights that are NaN or inf. On a GPU nobody looks at ids and weights, which would mean to wait: ids
         outside are left out, an expert named twice counts twice, and NaN spreads.
 
@@ -167,13 +190,35 @@ class SparseExperts:
             )
         return y.reshape(x.shape).astype(x.dtype, copy=False)
 
+    @takes_tensors
+    def from_logits(self, x: np.ndarray, logits: np.ndarray, router: Router, bias: np.ndarray | None = None) -> Any:
+        """``self(x, *router(logits, bias))`` for the T tokens of ``x`` and logits (T, E).
 
-def _expert_weights(name: str, weight: Any) -> SparseArray | np.ndarray:
-    if not isinstance(weight, SparseArray):
+        On a GPU choosing the experts and sorting the tokens by them are one launch, so that the call is still four.
+
+        >>> eye = np.eye(2, dtype=np.float32)[None].repeat(2, 0)
+        >>> SparseExperts(eye, eye, "identity").from_logits(eye[0], 9 * eye[0], Router(1, renormalize=True))
+        array([[1., 0.],
+               [0., 1.]], dtype=float32)
+        """
+        if self._gpu is not None:
+            return self._gpu.run(x, _cuda("routing").logits_of(logits, router, bias))
+        return self(x, *router(logits, bias))
+
+
+def _expert_weights(name: str, weight: Any) -> SparseArray | MixedExperts | np.ndarray:
+    if isinstance(weight, (list, tuple)):
+        weight = stack_experts(weight)
+    if not isinstance(weight, (SparseArray, MixedExperts)):
         weight = _cuda("array").view(weight) if is_on_gpu(weight) else as_weight(weight, name)
     if weight.ndim != 3 or not weight.shape[0]:
         raise NMSparseError(f"{name}: expected one matrix per expert, shape (E, rows, columns); got {weight.shape}")
     return weight
+
+
+def _pruned(weight: np.ndarray, kind: str) -> SparseArray | np.ndarray | None:
+    """What becomes of one expert's matrix."""
+    return None if kind == DROP else weight if kind == DENSE else array(weight, kind)
 
 
 def _per_token(name: str, values: np.ndarray, lead: tuple[int, ...]) -> np.ndarray:

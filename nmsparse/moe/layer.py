@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from ..errors import NMSparseError
-from ..ops import as_activation, takes_tensors
+from ..errors import NMSparseError, UnsupportedDeviceError
+from ..formats.checks import is_on_gpu
+from ..ops import _cuda, as_activation, takes_tensors
 from .experts import SparseExperts
 from .router import Router, finite_float32, sigmoid
 
@@ -20,6 +23,12 @@ class MoELayer:
 
     Routing is float32 whatever the dtype of ``x``; the sum of routed and shared experts is rounded once, at the end.
     Raises NMSparseError for parts that do not fit together.
+
+    With experts on a GPU the layer runs there, on arrays of torch or cupy of the experts' dtype: the library's float32
+    product makes the logits (with TF32 only where torch was told so), then four launches for the routed experts and
+    four for the shared one, whose output is rounded before it is added. Nothing waits, and a CUDA graph of a call, made
+    after a first one, follows any routing. The other parts may be on the host or there. See :func:`~nmsparse.moe.route`
+    for what nobody can check there.
 
     >>> rng = np.random.default_rng(0)
     >>> def weights(*shape): return rng.standard_normal(shape, np.float32)
@@ -42,8 +51,8 @@ class MoELayer:
         num_experts, hidden = experts.num_experts, experts.hidden_size
         router.check(num_experts)
         self.experts, self.router, self.shared = experts, router, shared
-        self.router_weight = finite_float32("router_weight", router_weight, (num_experts, hidden))
-        self.bias = None if bias is None else finite_float32("bias", bias, (num_experts,))
+        self.router_weight = finite_float32("router_weight", _host(router_weight), (num_experts, hidden))
+        self.bias = None if bias is None else finite_float32("bias", _host(bias), (num_experts,))
         if shared is not None and (shared.num_experts, shared.hidden_size) != (1, hidden):
             raise NMSparseError(
                 f"shared: expected one expert of hidden size {hidden}, got {shared!r}; "
@@ -53,10 +62,23 @@ class MoELayer:
             raise NMSparseError("shared_gate: expected only together with shared; give both or neither")
         self.shared_gate = None
         if shared_gate is not None:
-            self.shared_gate = finite_float32("shared_gate", np.reshape(shared_gate, -1), (hidden,))
+            self.shared_gate = finite_float32("shared_gate", np.reshape(_host(shared_gate), -1), (hidden,))
+        if shared is not None and shared.device != experts.device:
+            raise UnsupportedDeviceError(
+                f"expected experts and shared in one place, got {experts.device} and {shared.device}"
+            )
+        self._gpu = None if experts.device == "cpu" else self._layer_on_gpu()
 
     def __repr__(self) -> str:
         return f"MoELayer({self.router!r}, {self.experts!r}, shared={self.shared!r})"
+
+    def _layer_on_gpu(self) -> Any:
+        gpu, shared = _cuda("layer"), None
+        if self.shared is not None:
+            gated, no_gate = self.shared_gate is not None, np.zeros(self.experts.hidden_size, np.float32)
+            router = Router(1, "sigmoid" if gated else "softmax")
+            shared = gpu.Routed(self.shared._gpu, router, (self.shared_gate if gated else no_gate)[None])
+        return gpu.Layer(gpu.Routed(self.experts._gpu, self.router, self.router_weight, self.bias), shared)
 
     @takes_tensors
     def route(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,11 +89,15 @@ class MoELayer:
         >>> layer.route(np.array([[0.0, 3.0]], np.float32))[0]
         array([[1]], dtype=int32)
         """
+        if self._gpu is not None:
+            return self._gpu.route(x)
         return self.router(self._tokens(x) @ self.router_weight.T, self.bias)
 
     @takes_tensors
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """The layer's output for ``x`` (T, H) or (…, H), in its shape and dtype."""
+        if self._gpu is not None:
+            return self._gpu(x)
         x = as_activation(x, "x")
         wide = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
         y = self.experts(wide, *self.route(x))
@@ -93,3 +119,8 @@ class MoELayer:
         if x.ndim == 0 or x.shape[-1] != hidden:
             raise NMSparseError(f"x: expected shape (tokens, {hidden}), got {x.shape}")
         return x.reshape(x.size // max(hidden, 1), hidden).astype(np.float32, copy=False)
+
+
+def _host(part: Any) -> Any:
+    """A small part of the layer where its values can be checked."""
+    return _cuda("array").view(part).numpy() if is_on_gpu(part) else part

@@ -8,6 +8,7 @@ import functools
 
 import numpy as np
 import pytest
+from emulated import launched  # noqa: F401 (a fixture of these tests)
 
 from nmsparse import UnsupportedDeviceError
 from nmsparse.cuda import driver, pack

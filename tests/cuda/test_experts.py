@@ -11,6 +11,7 @@ import nmsparse
 from nmsparse import NMSparseError, reference
 from nmsparse.cuda.experts import active_experts, tile_of
 from nmsparse.moe import SparseExperts
+from nmsparse.prune.experts import route_2t, sub_routing
 
 PATTERNS = ["2:4", "samoyeds:1:2:128", "samoyeds:1:2:64", "dense", "vnm:64:2:8", "samoyeds:1:2:32"]
 
@@ -123,6 +124,30 @@ def test_gpu_ids_outside_are_left_out(torch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [5, 130])
+@pytest.mark.parametrize("pattern", ["2:4", "samoyeds:1:2:64"])
+def test_gpu_2t_drop(torch, pattern, tokens):
+    """Experts in halves: by its weight a token takes both, the first or none, and the host never waits."""
+    experts, exact = layer(torch, pattern, experts=12, width=64)  # halves of 6 experts, interleaved
+    ids, weights = routing(torch, tokens, 3, 6)
+    dual = route_2t(ids, weights, 0.2, 0.4)
+    assert all(t.is_cuda for t in dual)
+    for mine, want in zip(dual, route_2t(ids.cpu().numpy(), weights.cpu().numpy(), 0.2, 0.4), strict=True):
+        np.testing.assert_array_equal(mine.cpu().numpy(), want, strict=True)
+    check(torch, experts, exact, tokens, *dual)
+    x = torch.randn(tokens, 264, device="cuda", dtype=torch.bfloat16)
+    everything = experts(x, *route_2t(ids, weights, 0.0, 0.0))
+    assert torch.equal(everything, experts(x, *sub_routing(ids, weights, 2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            experts(x, *route_2t(ids, weights, 0.2, 0.4))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("ids_dtype", ["int32", "int64"])
 @pytest.mark.parametrize("weights_dtype", ["float32", "bfloat16", "float16"])
 def test_gpu_dtypes_of_a_routing(torch, ids_dtype, weights_dtype):
@@ -224,5 +249,5 @@ def test_tiles_hold_what_experts_usually_get():
         for top_k, experts in ((2, 8), (8, 64), (1, 512), (8, 8)):
             mean = tokens * top_k / active_experts(tokens, top_k, experts)
             tile = tile_of(tokens, top_k, experts, 128)
-            assert tile in (8, 16, 32, 64, 128)
+            assert tile in (8, 16, 32, 64, 96, 128)
             assert tile == 128 or tile >= mean

@@ -38,13 +38,16 @@ def packed(weight, gated):
     return np.stack(blocks)
 
 
-def plan_of(counts, tile_t):
-    """Ends of the experts' positions, and of their tiles of tokens."""
+def plan_of(counts, tile_t, before=None):
+    """Ends of the experts' positions, and of their tiles of tokens; of a part with ``before`` positions before it."""
     counts = np.asarray(counts, np.int32)
-    return np.concatenate([np.cumsum(counts), np.cumsum(-(-counts // tile_t))]).astype(np.int32)
+    ends, tile_ends = np.cumsum(counts), np.cumsum(-(-counts // tile_t))
+    if before is not None:
+        return np.array([(before, 7), *zip(ends + before, tile_ends + 7, strict=True)], np.int32).ravel()
+    return np.concatenate([ends, tile_ends]).astype(np.int32)
 
 
-def run(cfg, rows, k, counts, v=64, seed=0, make=gemv_grouped.make_gemv_grouped, spare_ctas=2):
+def run(cfg, rows, k, counts, v=64, seed=0, make=gemv_grouped.make_gemv_grouped, spare_ctas=2, before=0):
     """One launch on the twin, compared with float64; all that must not be read or written is NaN."""
     rng, dtype, experts, positions = np.random.default_rng(rows + k), DTYPES[cfg.dtype], len(counts), sum(counts)
     w = rng.standard_normal((experts, rows, k)).astype(dtype)
@@ -54,22 +57,25 @@ def run(cfg, rows, k, counts, v=64, seed=0, make=gemv_grouped.make_gemv_grouped,
     x = np.full((tokens, k + 2 * SPARE), np.nan, dtype)
     x[:, :k] = rng.standard_normal((tokens, k))
     source = rng.integers(0, tokens, positions).astype(np.uint32) if cfg.gather else np.arange(positions)
-    y = np.full((positions + SPARE, outputs + SPARE), np.nan, dtype)
+    y = np.full((before + positions + SPARE, outputs + SPARE), np.nan, dtype)
     runs, stored = (weight.indices.shape[-1] if cfg.pairs else 1), weight.values.shape[1]
-    plan = plan_of(counts, cfg.tile_t)
-    memory = blocks, weight.indices, x, source if cfg.gather else None, y, plan
+    plan = plan_of(counts, cfg.tile_t, before if cfg.part else None)
+    nobody = np.full(before, 1 << 31, np.uint32), np.full((before, x.shape[1]), np.nan, dtype)
+    given = np.concatenate([nobody[0], source]) if cfg.gather else None
+    memory = blocks, weight.indices, x if cfg.gather else np.concatenate([nobody[1], x]), given, y, plan
     sizes = experts, stored, *blocks.shape[1:3], k, x.shape[1], outputs, y.shape[1], v // 64, runs
-    ctas = int(plan[-1]) * blocks.shape[1] * 4 + spare_ctas
+    ctas = sum(-(-count // cfg.tile_t) for count in counts) * blocks.shape[1] * 4 + spare_ctas
     twin.launch(make, cfg, ctas, (*memory, *sizes), seed=seed)
 
     x64 = x[source, :k].astype(np.float64)
-    sums = reference.grouped_matmul(x64, weight, plan[:experts])
+    sums = reference.grouped_matmul(x64, weight, np.cumsum(counts))
     want = reference.gated(sums, outputs, cfg.activation)
     # A gate times an up: each as far from the truth as its sum, and as large as the largest.
     scale = np.abs(x64).max(initial=0) * np.abs(w.astype(np.float64)).max() * (np.abs(sums).max(initial=1) ** cfg.gated)
     scale *= 2 * np.abs(sums).max(initial=1) if cfg.activation == "relu2" else 2
-    assert_close(y[:positions, :outputs], want, k, scale=scale)
-    assert np.isnan(y[positions:].astype(np.float32)).all() and np.isnan(y[:, outputs:].astype(np.float32)).all()
+    assert_close(y[before:, :outputs][:positions], want, k, scale=scale)
+    y[before : before + positions, :outputs] = np.nan
+    assert np.isnan(y.astype(np.float32)).all()
 
 
 def run_with_four_seeds(*args, **kwargs):
@@ -98,6 +104,14 @@ def test_every_activation(gated, activation):
 @pytest.mark.parametrize("changed", [dict(warps=3, batch=2), dict(warps=1, batch=4, dtype="bf16")], ids=str)
 def test_runs_of_any_length(changed, v):
     run(replace(SMALL, pairs=True, gather=True, **GATED, **changed), 76, 392, [4, 9], v=v)
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["2:4", "samoyeds"])
+@pytest.mark.parametrize("gather", [False, True], ids=["in order", "gather"])
+@pytest.mark.parametrize("before", [0, 6])
+def test_a_part_of_the_experts(pairs, gather, before):
+    for counts in ([3, 0, 8, 1], [0, 0]):
+        run(replace(SMALL, pairs=pairs, gather=gather, part=True, **GATED), 72, 200, counts, before=before)
 
 
 def test_no_tokens_at_all():

@@ -18,18 +18,18 @@ from nmsparse.reference import ACTIVATIONS
 
 PLAIN = GroupedConfig(tile_t=16, stages=3)
 GATED = replace(PLAIN, gated=True, activation="silu", gather=True)
-KINDS = {"2:4": {}, "samoyeds": {"pairs": True}, "dense": {"dense": True}}
+KINDS = {"2:4": {}, "samoyeds": {"pairs": True}, "by turns": {"pairs": True, "ordered": True}, "dense": {"dense": True}}
 CONFIGS = [
     replace(PLAIN, tile_t=8, stages=2),
     replace(PLAIN, tile_t=8, tile_k=128, gather=True, dtype="bf16"),
-    replace(PLAIN, tile_t=48, stages=4, ordered=False, group=1, activation="relu2"),
+    replace(PLAIN, tile_t=48, stages=4, group=1, activation="relu2"),
     replace(PLAIN, tile_t=128, tile_k=128, stages=2, gather=True),
     replace(PLAIN, warpgroups=1, tile_t=32, activation="gelu"),
     replace(GATED, tile_t=8, stages=2, gather=False),
     replace(GATED, tile_k=128),
     replace(GATED, tile_t=32, stages=2, dtype="bf16", activation="gelu_tanh"),
     replace(GATED, tile_t=64, group=2, gather=False, activation="relu"),
-    replace(GATED, warpgroups=1, tile_t=16, tile_k=128, ordered=False, activation="identity"),
+    replace(GATED, warpgroups=1, tile_t=16, tile_k=128, activation="identity"),
 ]
 ROUTINGS = {
     "even": (7, 8, 9, 16),
@@ -40,6 +40,7 @@ ROUTINGS = {
     "one token": (0, 1),
     "more experts than lanes": tuple(e % 3 % 2 for e in range(70)),
 }
+NO_WORDS = {"PRODUCER", "inline"}
 kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 
@@ -110,6 +111,16 @@ def test_every_order_gives_the_same_bits(kind):
     assert len(results) == 1
 
 
+@kinds
+@pytest.mark.parametrize("gather", [False, True], ids=["in order", "gather"])
+@pytest.mark.parametrize("before", [0, 5, 40])
+def test_a_part_of_the_experts(kind, gather, before):
+    """Those before it have other kinds of weights: the plan begins where they end."""
+    for counts in ((20, 3, 0, 17), (0, 0, 9), (0, 0)):
+        cfg = replace(GATED, gather=gather, part=True, **kind)
+        GroupedCase(cfg, counts, 64, 256, workers=2, v=64, before=before).run()
+
+
 def test_a_plan_that_does_not_fit_is_found():
     for counts, tiles in (((5, 20), (1, 2)), ((5, 20), (2, 3)), ((20, 5), (1, 2))):
 
@@ -138,7 +149,7 @@ def test_a_row_that_x_does_not_have_is_found(row):
 def test_the_vocabulary_is_what_the_text_says_and_the_page_explains():
     said, page = words_of(inspect.getsource(text)), explained("gemm") | explained("samoyeds")
     assert said == set(vars(grouped.make(CONFIGS[0])))
-    assert set(explained("grouped")) <= said <= {*page, *explained("grouped"), "PRODUCER"}
+    assert set(explained("grouped")) <= said <= {*page, *explained("grouped"), *NO_WORDS}
 
 
 @kinds
@@ -146,5 +157,5 @@ def test_arguments_on_the_page_are_those_of_the_words(kind):
     page = explained("gemm") | explained("samoyeds") | explained("grouped")
     for gather in (False, True):
         for word, function in vars(grouped.make(replace(PLAIN, gather=gather, **kind))).items():
-            if word != "PRODUCER" and arguments_of(function) != ["args"]:  # of what means nothing for these weights
+            if word not in NO_WORDS and arguments_of(function) != ["args"]:  # of what means nothing for these weights
                 assert page[word] == arguments_of(function), word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from nmsparse.cuda import launch, route
 from nmsparse.cuda.array import from_host
 from nmsparse.cuda.config_route import DispatchConfig, EndsConfig, RouteConfig
 from nmsparse.cuda.kernels import route as kernels
-from nmsparse.cuda.route import Dispatch, Route, counters
+from nmsparse.cuda.route import Dispatch, Route, Sorted, counters
 from nmsparse.cuda.tile.cpu import KernelError
 from nmsparse.cuda.tile.cpu import route as twin
 from nmsparse.moe import Router
@@ -58,47 +59,67 @@ def results(tokens, cfg):
     slots = tokens * cfg.top_k
     shapes = {name: (tokens, cfg.top_k) for name in ("ids", "weights", "slots")} | {
         "rows": slots,
-        "plan": (2, cfg.experts),
+        "plan": (2, cfg.experts) if cfg.kept is None else (cfg.kept + 1, 2),
     }
     types = {"weights": np.float32}
     found = {name: np.full(shape, UNTOUCHED, types.get(name, np.int32)) for name, shape in shapes.items()}
     return {**found, "counter": np.zeros(counters(cfg.experts), np.int32)}
 
 
-def run_route(cfg, logits, bias=None, grid=1, tile_t=16, make=kernels.make_route, seed=0):
+def run_route(cfg, logits, bias=None, grid=1, tile_t=16, make=kernels.make_route, seed=0, order=None):
     """Logits and bias through the text on the twin."""
     tokens, experts = logits.shape
     wide = np.full((tokens, experts + 3), np.nan, np.float32).astype(logits.dtype)
     wide[:, :experts] = logits
     out = results(tokens, cfg)
-    inputs = frozen(wide), frozen(np.zeros(0, np.float32) if bias is None else bias)
-    twin.launch(make, twin.make_route, cfg, grid, (*inputs, *out.values(), tokens, tile_t, experts + 3), seed)
+    memory = frozen(wide), frozen(np.zeros(0, np.float32) if bias is None else bias), *out.values()
+    with copied_tokens(cfg, tokens, out) as (copy, sizes):
+        arguments = *memory, given_order(order), *copy, tokens, tile_t, *sizes, experts + 3
+        twin.launch(make, twin.make_route, cfg, grid, arguments, seed)
     return out
 
 
-def run_dispatch(cfg, ids, weights, grid=1, tile_t=16, make=kernels.make_dispatch, seed=0):
-    """A given routing through the text on the twin; with copies, of tokens whose numbers say where they are."""
+def run_dispatch(cfg, ids, weights, grid=1, tile_t=16, make=kernels.make_dispatch, seed=0, order=None):
+    """A given routing through the text on the twin."""
     out = results(len(ids), cfg)
-    outputs = (out[name] for name in ("weights", "slots", "rows", "plan", "counter"))
-    pieces, pitch = 2, 19
-    x = np.arange(len(ids) * pitch, dtype=np.int32).reshape(len(ids), pitch)
-    out["sorted"] = np.full((ids.size if cfg.copies else 0, 8 * pieces), UNTOUCHED, np.int32)
-    arguments = frozen(ids), frozen(weights), *outputs, frozen(x), out["sorted"], len(ids), tile_t, pitch, pieces
-    twin.launch(make, twin.make_dispatch, cfg, grid, arguments, seed)
-    if cfg.copies:
-        known = (out["slots"] >= 0).sum()
-        np.testing.assert_array_equal(out["sorted"][:known], x[out["rows"][:known], : 8 * pieces])
-        assert (out["sorted"][known:] == UNTOUCHED).all()
+    memory = frozen(ids), frozen(weights), *(out[name] for name in ("weights", "slots", "rows", "plan", "counter"))
+    with copied_tokens(cfg, len(ids), out) as (copy, sizes):
+        arguments = *memory, given_order(order), *copy, len(ids), tile_t, *sizes
+        twin.launch(make, twin.make_dispatch, cfg, grid, arguments, seed)
     return out
 
 
-def check_sorted(out, ids, experts, tile_t):
-    """Whether slots, rows and plan are those of ``ids``, in NumPy, up to the order within an expert."""
-    ids = np.asarray(ids)
+def given_order(order):
+    return None if order is None else frozen(np.asarray(order, np.int32))
+
+
+@contextlib.contextmanager
+def copied_tokens(cfg, tokens, out):
+    """Tokens whose numbers say where they are, and room for their copies: checked in the end, if there are any."""
+    pieces, pitch = 2, 19
+    x = np.arange(tokens * pitch, dtype=np.int32).reshape(tokens, pitch)
+    copy = np.full((tokens * cfg.top_k if cfg.copies else 0, 8 * pieces), UNTOUCHED, np.int32)
+    yield (frozen(x), copy), (pitch, pieces)
+    known = (out["slots"] >= 0).sum() if cfg.copies else 0
+    np.testing.assert_array_equal(copy[:known], x[out["rows"][:known], : 8 * pieces])
+    assert (copy[known:] == UNTOUCHED).all()
+
+
+def check_sorted(out, ids, experts, tile_t, order=None):
+    """Whether slots, rows and plan are those of ``ids``, in NumPy, up to the order within an expert.
+
+    ``order``: the experts in an order of their own, those that it lacks dropped.
+    """
+    ids, plan = np.asarray(ids), np.asarray(out["plan"])
+    if order is not None:  # from here on an expert is its place in the order
+        np.testing.assert_array_equal(plan[0], 0)
+        place, plan = np.full(experts, -1), plan[1:].T
+        place[order], experts = np.arange(len(order)), len(order)
+        ids = np.where((ids >= 0) & (ids < len(place)), place[np.clip(ids, 0, len(place) - 1)], -1)
     known = (ids >= 0) & (ids < experts)
     counts = np.bincount(ids[known].astype(np.int64), minlength=experts)
     ends = np.cumsum(counts)
-    np.testing.assert_array_equal(out["plan"], [ends, np.cumsum(-(-counts // tile_t))])
+    np.testing.assert_array_equal(plan, [ends, np.cumsum(-(-counts // tile_t))])
     slots, experts_of = out["slots"], ids[known].astype(np.int64)
     np.testing.assert_array_equal(slots[~known], -1)
     assert (np.sort(slots[known]) == np.arange(known.sum())).all(), "positions are not a permutation"
@@ -129,14 +150,15 @@ def logits_of(kind, tokens, experts, rng):
     kind=st.sampled_from(["normal", "skewed", "ties", "one", "far"]),
     dtype=st.sampled_from(list(DTYPES)),
     biased=st.booleans(),
+    copies=st.booleans(),
     tokens=st.integers(0, 30),
     grid=st.integers(1, 4),
     tile_t=st.integers(1, 20),
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=60, deadline=None)
-def test_route_is_the_router_and_a_sort(name, kind, dtype, biased, tokens, grid, tile_t, seed):
-    cfg, router = config_of(name, dtype=dtype, bias=biased)
+def test_route_is_the_router_and_a_sort(name, kind, dtype, biased, copies, tokens, grid, tile_t, seed):
+    cfg, router = config_of(name, dtype=dtype, bias=biased, copies=copies)
     rng = np.random.default_rng(seed)
     logits = logits_of(kind, tokens, cfg.experts, rng).astype(DTYPES[dtype])
     bias = rng.standard_normal(cfg.experts).astype(np.float32) if biased else None
@@ -187,6 +209,36 @@ def test_dispatch_is_a_sort(routing, id_type, weight_type, copies, grid, tile_t,
     np.testing.assert_array_equal(out["weights"], np.broadcast_to(wanted, ids.shape))
 
 
+@given(
+    routing=routings(),
+    dropped=st.integers(0, 3),
+    copies=st.booleans(),
+    grid=st.integers(1, 3),
+    tile_t=st.integers(1, 40),
+    seed=st.integers(0, 2**32),
+)
+@settings(max_examples=60, deadline=None)
+def test_experts_in_an_order_of_their_own(routing, dropped, copies, grid, tile_t, seed):
+    ids, experts = routing
+    order = np.random.default_rng(seed).permutation(experts)
+    kept = max(1, experts - dropped)
+    cfg = DispatchConfig(experts, ids.shape[1], copies=copies, kept=kept, threads=64)
+    given = np.clip(ids, -1, 600).astype(np.int32), np.zeros(ids.shape, np.float32)
+    out = run_dispatch(cfg, *given, grid, tile_t, seed=seed, order=order)
+    check_sorted(out, given[0], experts, tile_t, order[:kept])
+
+
+@pytest.mark.parametrize("grid", [1, 3])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2-moe", "deepseek-v3"])
+def test_routed_experts_in_an_order_of_their_own(name, grid):
+    cfg, router = config_of(name)
+    order, kept = np.random.default_rng(0).permutation(cfg.experts), cfg.experts - 2
+    logits = np.random.default_rng(1).standard_normal((30, cfg.experts)).astype(np.float32)
+    out = run_route(replace(cfg, kept=kept), logits, None, grid, 4, order=order)
+    np.testing.assert_array_equal(out["ids"], router(logits)[0])
+    check_sorted(out, out["ids"], cfg.experts, 4, order[:kept])
+
+
 @pytest.mark.parametrize("ids", list(INTS))
 def test_ends_become_a_plan(ids):
     counts = np.array([0, 5, 16, 17, 0, 33, 1])
@@ -234,8 +286,8 @@ MUTANTS = [
     Mutant("nothing reserved", "tile.reserve(counter_gmem)", "pass", KernelError, UNKNOWN),
     Mutant("CTAs do not meet", "tile.meet(counter_gmem)", "pass", KernelError, f"{RACE}|expected zeros at the end"),
     Mutant("met before the reservation", "tile.reserve(counter_gmem)", "tile.meet(counter_gmem)", KernelError, UNKNOWN),
-    Mutant("no plan", "tile.plan(plan_gmem, counter_gmem, tile_t)", "pass", KernelError, TWICE),
-    Mutant("other tiles", "counter_gmem, tile_t)\n        tile.b", "counter_gmem, 7)\n        tile.b", *WRONG),
+    Mutant("no plan", "tile.plan(plan_gmem, counter_gmem, order_gmem, tile_t)", "pass", KernelError, TWICE),
+    Mutant("other tiles", "order_gmem, tile_t)\n        tile.b", "order_gmem, 7)\n        tile.b", *WRONG),
     Mutant("counters stay", "tile.leave(counter_gmem)", "pass", KernelError, "expected zeros at the end"),
     Mutant("left twice", "tile.leave(c", "tile.leave(counter_gmem); tile.leave(c", KernelError, f"{RACE}|zeros at the"),
     Mutant("a warp stays away", BARRIER, "tile.barrier() if tile.first_token() else None\n",
@@ -335,7 +387,7 @@ def on_twin(monkeypatch):
         make, words = getattr(kernels, f"make_{name}"), getattr(twin, f"make_{name}")
 
         def run(grid, stream, *arguments):
-            given = [arrays[a] if kind == "p" else a for a, kind in zip(arguments, config.signature, strict=True)]
+            given = [arrays.get(a) if kind == "p" else a for a, kind in zip(arguments, config.signature, strict=True)]
             launches.append((grid, config.threads))
             twin.launch(make, words, config, grid, given)
 
@@ -345,8 +397,8 @@ def on_twin(monkeypatch):
     monkeypatch.setattr(launch, "model_of", lambda device: replace(launch.H200, sms=2))
 
     def address(array):
-        arrays[len(arrays)] = array
-        return len(arrays) - 1
+        arrays[len(arrays) + 1] = array  # 0 is no address
+        return len(arrays)
 
     return address, launches
 
@@ -358,8 +410,8 @@ def test_route_launches_what_fits(on_twin, tokens, launched):
     rng = np.random.default_rng(0)
     logits, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((tokens, 8), (8,)))
     out = results(tokens, cfg)
-    outputs = map(address, out.values())
-    Route(cfg, 0)(0, address(frozen(logits)), 8, address(frozen(bias)), *outputs, tokens, 16)
+    ids, weights, *to = map(address, out.values())
+    Route(cfg, 0)(0, address(frozen(logits)), 8, address(frozen(bias)), ids, weights, Sorted(*to), tokens, 16)
     assert launches == [launched]
     np.testing.assert_array_equal(out["ids"], router(logits, bias)[0])
     check_sorted(out, out["ids"], 8, 16)
@@ -371,8 +423,8 @@ def test_dispatch_launches_what_fits(on_twin, tokens, launched):
     ids = np.random.default_rng(0).integers(0, 5, (tokens, 3)).astype(np.int32)
     cfg = DispatchConfig(4, 3, weights="bf16")
     out, given = results(tokens, cfg), np.ones(ids.shape, DTYPES["bf16"])
-    outputs = [address(out[name]) for name in ("weights", "slots", "rows", "plan", "counter")]
-    Dispatch(cfg, 0)(0, address(frozen(ids)), address(frozen(given)), *outputs, tokens, 16)
+    to = Sorted(*(address(out[name]) for name in ("slots", "rows", "plan", "counter")))
+    Dispatch(cfg, 0)(0, address(frozen(ids)), address(frozen(given)), address(out["weights"]), to, tokens, 16)
     assert launches == [launched]
     np.testing.assert_array_equal(out["weights"], 1)
     check_sorted(out, ids, 4, 16)
@@ -384,7 +436,7 @@ def test_what_cannot_run_is_explained(on_twin):
     with pytest.raises(NMSparseError, match=r"experts=513: 1 to 512"):
         Dispatch(DispatchConfig(513, 2), 0)
     with pytest.raises(NMSparseError, match="expected fewer than 4194304 tokens"):
-        Route(RouteConfig(8, 2), 0)(*[0] * 10, 1 << 22, 16)
+        Route(RouteConfig(8, 2), 0)(*[0] * 6, Sorted(*[0] * 4), 1 << 22, 16)
     assert len(RouteConfig(1000, 40, num_groups=50, topk_groups=2, dtype="f64").problems()) == 4
     assert len(DispatchConfig(0, 0, "u8", "f64").problems()) == 4
 
@@ -397,6 +449,10 @@ OTHERS = [
     config_of("many", dtype="bf16", bias=True, threads=512)[0],
     DispatchConfig(512, 16, "s64", "bf16", threads=256),
     DispatchConfig(8, 2, "s64", copies=True, threads=256),
+    DispatchConfig(64, 6, kept=60),
+    config_of("mixtral", dtype="bf16", copies=True, threads=256)[0],
+    config_of("deepseek-v3", bias=True, copies=True, threads=256)[0],
+    config_of("deepseek-v3", bias=True, kept=250, threads=1024)[0],
 ]
 CONFIGS = [(cfg, "sm_90a") for cfg in QUICK]
 CONFIGS += [
@@ -460,10 +516,10 @@ def test_gpu_route(name, tokens, kind):
     bias = rng.standard_normal(cfg.experts).astype(np.float32) if cfg.bias else None
     inputs = [from_host(a) if a is not None and a.size else None for a in (logits, bias)]
     run, out = Route(cfg, 0), results(tokens, cfg)
-    pointers, fetch = on_gpu(out)
+    (to_ids, to_weights, *to), fetch = on_gpu(out)
     given = [a.pointer if a is not None else 0 for a in inputs]
     for _ in range(3):  # the counters are zero again after each
-        run(0, given[0], cfg.experts, given[1], *pointers, tokens, 16)
+        run(0, given[0], cfg.experts, given[1], to_ids, to_weights, Sorted(*to), tokens, 16)
     fetch()
     ids, weights = router(logits, bias)
     check_sorted(out, out["ids"], cfg.experts, 16)
@@ -491,14 +547,32 @@ def test_gpu_dispatch(routing, id_type, weight_type, repeat):
     weights = np.random.default_rng(0).random(ids.shape).astype(DTYPES[weight_type])
     here = [from_host(a) for a in (ids, weights)]
     out = results(len(ids), cfg)
-    pointers, fetch = on_gpu(out)
+    (_, to_weights, *to), fetch = on_gpu(out)
     run = Dispatch(cfg, 0)
     for _ in range(2):
-        run(0, *(a.pointer if a.size else 0 for a in here), *pointers[1:], len(ids), 16)
+        run(0, *(a.pointer if a.size else 0 for a in here), to_weights, Sorted(*to), len(ids), 16)
     fetch()
     check_sorted(out, ids, experts, 16)
     if cfg.converts:
         np.testing.assert_array_equal(out["weights"], weights.astype(np.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [0, 1, 40, 3000])
+@pytest.mark.parametrize("kept", [1, 33, 40])
+def test_gpu_experts_in_an_order_of_their_own(tokens, kept):
+    rng = np.random.default_rng(tokens)
+    ids = rng.random((tokens, 40)).argsort(axis=1)[:, :3].astype(np.int32)
+    order = rng.permutation(40).astype(np.int32)
+    cfg = DispatchConfig(40, 3, kept=kept)
+    out = results(tokens, cfg)
+    (_, weights, *to), fetch = on_gpu(out)
+    given, places = from_host(ids), from_host(order)
+    run = Dispatch(cfg, 0)
+    for _ in range(2):
+        run(0, given.pointer, weights, weights, Sorted(*to, places.pointer), tokens, 16)
+    fetch()
+    check_sorted(out, ids, 40, 16, order[:kept])
 
 
 def test_the_counters_have_room_for_the_two_of_the_meeting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -87,3 +88,24 @@ def test_neighbours_share_rows(group):
     """Any ``group · n`` tiles in a row touch about ``group`` row tiles: what the L2 cache keeps."""
     places = [schedule.place(tile, 16, 10, group) for tile in range(group * 10)]
     assert {row for row, _ in places} == set(range(group))
+
+
+@given(st.integers(1, 200), st.integers(0, 2000))
+def test_rounds_deal_every_tile_once_and_evenly(workers, tiles):
+    hands = [
+        [schedule.nth(i, worker, workers) for i in range(schedule.share(worker, workers, tiles))]
+        for worker in range(workers)
+    ]
+    assert sorted(itertools.chain(*hands)) == list(range(tiles))
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+def test_no_pattern_of_tiles_meets_the_same_workers():
+    """11 tiles of rows by three of tokens, the last of which is cheap: 33 in all, a quarter of 132 workers."""
+    cheap = Counter(
+        worker
+        for worker in range(132)
+        for i in range(schedule.share(worker, 132, 1980))
+        if schedule.nth(i, worker, 132) % 33 >= 22
+    )
+    assert all(3 <= cheap[worker] <= 7 for worker in range(132))

@@ -145,6 +145,18 @@ def test_it_is_linear_in_the_routing_weights(seed, tokens, top_k, pattern):
 
 
 @settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, E), st.sampled_from([0.3, 1.0]))
+def test_a_dropped_slot_is_one_without_weight(seed, tokens, top_k, share):
+    x, ids, weights = make_tokens(tokens, top_k, seed)
+    left_out = np.random.default_rng(seed).random(ids.shape) < share
+    kept, none = np.where(left_out, 0, weights), np.where(left_out, -1, ids).astype(ids.dtype)
+    for experts in (make(), make("dense")):
+        assert_close(experts(x, none, weights), all_experts_on_all_tokens(experts, x, ids, kept), 2e-6)
+    exact = make(dtype=np.float64)
+    assert_close(exact(x, none, weights), all_experts_on_all_tokens(exact, x, ids, kept), 1e-6)
+
+
+@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 20), st.integers(1, E))
 def test_renaming_the_experts_changes_nothing(seed, tokens, top_k):
     experts = make()
@@ -236,8 +248,8 @@ X, IDS, WEIGHTS = np.zeros((2, 4), np.float32), np.array([[0, 1], [1, 0]], np.in
         (X, IDS[None], WEIGHTS[None], "topk_ids: expected shape"),
         (X, IDS[:, :0], WEIGHTS[:, :0], "topk_ids: expected shape"),
         (X, np.int32(0), WEIGHTS, "topk_ids: expected shape"),
-        (X, IDS - 1, WEIGHTS, r"expected expert numbers in 0\.\.1, got -1"),
-        (X, IDS + 1, WEIGHTS, r"expected expert numbers in 0\.\.1, got 2"),
+        (X, IDS - 2, WEIGHTS, r"expected expert numbers in 0\.\.1, or -1 to leave a slot out, got -2"),
+        (X, IDS + 1, WEIGHTS, r"expected expert numbers in 0\.\.1, .* got 2"),
         (X, IDS * 0, WEIGHTS, "names an expert twice"),
         (X, IDS.astype(np.float32), WEIGHTS, "expected int32 or int64"),
         (X, IDS.astype(np.uint8), WEIGHTS, "expected int32 or int64"),

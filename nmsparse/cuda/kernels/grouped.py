@@ -15,9 +15,12 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
 
     ``plan_gmem`` (:mod:`~nmsparse.cuda.kernels.route`) holds the ends of the experts' positions and of their tiles of
     tokens: the schedule is known to the device only. The producer brings an expert's weights by the copy engine and
-    its tokens from wherever they are. The consumers take turns at the tensor cores. What a run is, :mod:`~.samoyeds`
-    says; other weights have a single one.
+    its tokens from wherever they are. What a run is, :mod:`~.samoyeds` says; other weights have a single one. A tile
+    with few tokens, as the last one of an expert often is, gets instructions for as few.
     """
+    products = _runs if cfg.pairs else _sum
+    whole, few = products(tile, tile.multiply, True), products(tile, tile.multiply_few, False)
+    FEW = cfg.few if cfg.few < cfg.tile_t else 0
 
     def grouped(
         w_gmem, picks_gmem, x_gmem, rows_gmem, y_gmem, plan_gmem,
@@ -32,8 +35,8 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
             tile.give_registers()
             if tile.elect():
                 tokens = tile.token_registers()
-                for number in range(tile.worker(), tiles, tile.workers()):
-                    expert, row, first, end = tile.place(number, row_tiles, plan_gmem, experts)
+                for index in range(tile.share(tiles)):
+                    expert, row, first, end = tile.place(tile.nth(index), row_tiles, plan_gmem, experts)
                     tile.find_tokens(tokens, rows_gmem, first, end, x_pitch)
                     for step in range(steps):
                         tile.wait_empty(ring, turn)
@@ -44,27 +47,66 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
             tile.take_registers()
             tile.take_turns()
             acc = tile.accumulator()
-            for number in range(tile.worker(), tiles, tile.workers()):
-                expert, row, first, end = tile.place(number, row_tiles, plan_gmem, experts)
+            for index in range(tile.share(tiles)):
+                expert, row, first, end = tile.place(tile.nth(index), row_tiles, plan_gmem, experts)
                 picks = tile.picks(picks_gmem, expert, row, rows, runs)
                 tile.zero(acc)
-                run, left, keep = 0, run_steps, False
-                for step in range(steps):
-                    odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
-                    tile.wait_full(ring, turn)
-                    tile.await_turn()
-                    tile.multiply(acc, ring, turn, keep)
-                    tile.pass_turn()
-                    tile.wait_wgmma()
-                    tile.release(ring, turn)
-                    turn += 1
-                    left -= 1
-                    keep = left > 0
-                    if left == 0 or step == steps - 1:
-                        tile.add_run(acc, odd)
-                        run += 1
-                        left = run_steps
+                if FEW and end - first <= FEW:
+                    turn = few(acc, ring, turn, picks, steps, run_steps, runs)
+                else:
+                    turn = whole(acc, ring, turn, picks, steps, run_steps, runs)
                 tile.store(acc, ring, y_gmem, row, first, end, outputs, y_pitch)
-            tile.finish_stores()
 
     return grouped
+
+
+def _runs(tile: Any, multiply: Any, turns: bool) -> Any:
+    """The sums of a tile of Samoyeds, run by run, by ``multiply``; returns the turn after its last.
+
+    With ``turns`` one consumer adds while the other multiplies. Few tokens are multiplied before the other could begin.
+    """
+    TURNS = turns
+
+    @tile.inline
+    def products(acc, ring, turn, picks, steps, run_steps, runs):
+        run, left, keep = 0, run_steps, False
+        for step in range(steps):
+            odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
+            tile.wait_full(ring, turn)
+            if TURNS:
+                tile.await_turn()
+            multiply(acc, ring, turn, keep)
+            if TURNS:
+                tile.pass_turn()
+            tile.wait_wgmma()
+            tile.release(ring, turn)
+            turn += 1
+            left -= 1
+            keep = left > 0
+            if left == 0 or step == steps - 1:
+                tile.add_run(acc, odd)
+                run += 1
+                left = run_steps
+        return turn
+
+    return products
+
+
+def _sum(tile: Any, multiply: Any, turns: bool) -> Any:
+    """The sums of a tile of other weights by ``multiply``, the products of two steps under way; returns the turn after
+    its last."""
+
+    @tile.inline
+    def products(acc, ring, turn, picks, steps, run_steps, runs):
+        for step in range(steps):
+            tile.wait_full(ring, turn)
+            multiply(acc, ring, turn, step > 0)
+            if step > 0:
+                tile.wait_wgmma_but_one()
+                tile.release(ring, turn - 1)
+            turn += 1
+        tile.wait_wgmma()
+        tile.release(ring, turn - 1)
+        return turn
+
+    return products

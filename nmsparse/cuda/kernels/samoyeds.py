@@ -73,7 +73,6 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                     if last < steps:
                         tile.add_partials(acc, partial_gmem, flag_gmem, split, parts)
                     tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)
-            tile.finish_stores()
         tile.finish()
 
     return samoyeds

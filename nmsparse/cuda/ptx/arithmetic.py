@@ -1,13 +1,17 @@
-"""Arithmetic on registers under a predicate.
+"""Arithmetic on registers: under a predicate, and the approximations of the special function unit.
 
-Source: PTX ISA, "Floating Point Instructions: add", "Predicated Execution".
+Source: PTX ISA, "Floating Point Instructions: add, ex2, rcp", "Predicated Execution".
 """
 
 from __future__ import annotations
 
 from .instruction import Instruction, check
 
-__all__ = ["add_to_one_of_two"]
+__all__ = ["add_to_one_of_two", "exp2", "reciprocal"]
+
+# To 2 and 1 units in the last place. Subnormal numbers become 0: one instruction each, where to keep them takes five.
+exp2 = Instruction("ex2.approx.ftz.f32 $0, $1;", results=("f32",), inputs=("f32",), memory=False, section="ex2")
+reciprocal = Instruction("rcp.approx.ftz.f32 $0, $1;", results=("f32",), inputs=("f32",), memory=False, section="rcp")
 
 
 def add_to_one_of_two(count: int) -> Instruction:

@@ -40,13 +40,12 @@ def cp_async(size: int) -> Instruction:
     )
 
 
-# 16 bytes of one of many rows, by one thread; zeros of row 0xFFFFFFFF, which does not exist. Inputs: shared address,
-# global address of row 0, the row's distance from it in units of 16 bytes, bytes to read. The address is made here, in
-# one step, so that compilers do not keep one for each row in two registers.
+# 16 bytes of one of many rows, by one thread; nothing of row 0xFFFFFFFF, which does not exist. Inputs: shared address,
+# global address of row 0, the distance of the row in units of 16 bytes, bytes to read (the rest is 0). The address is
+# made here, in one step, so that compilers do not keep one for each row in two registers.
 copy_row = Instruction(
-    "{ .reg .pred there; .reg .u32 row, size; .reg .u64 from; setp.ne.u32 there, $2, 0xFFFFFFFF; "
-    "selp.u32 row, $2, 0, there; selp.u32 size, $3, 0, there; mad.wide.u32 from, row, 16, $1; "
-    "cp.async.cg.shared.global [$0], [from], 16, size; }",
+    "{ .reg .pred there; .reg .u64 from; setp.ne.u32 there, $2, 0xFFFFFFFF; mad.wide.u32 from, $2, 16, $1; "
+    "@there cp.async.cg.shared.global [$0], [from], 16, $3; }",
     inputs=("u32", "u64", "u32", "u32"),
     section="cp.async",
 )

@@ -110,8 +110,6 @@ columns that ``wgmma_sp`` multiplies are a group; without, or with one consumer,
     Until it is its turn.
 ``pass_turn()`` : consumer
     Until all groups but the newest are done; then it is the other's turn.
-``finish_stores()`` : consumer
-    Until the copy engine has read the buffer.
 
 All experts: :mod:`nmsparse.cuda.kernels.grouped`
 =================================================
@@ -120,13 +118,14 @@ The words for the ring, the sums, runs and turns that the text says are those ab
 64·warpgroups`` packed rows. Of ``gated`` weights these are eight gate rows, their eight up rows, and so on
 (:func:`~nmsparse.cuda.layout.interleaved`), so a tile has half as many outputs; of Samoyeds it has twice as many.
 ``plan_gmem`` is ``ends, tile_ends``, E of each: expert e has the positions from ``ends[e - 1]`` up to ``ends[e]``, and
-``⌈positions / TT⌉`` tiles of tokens. With ``gather``, the token of a position s is ``x_gmem[rows_gmem[s]]``; without,
+``⌈positions / TT⌉`` tiles of tokens. Of a ``part`` it is E + 1 pairs of both, the first of which says where the part
+begins; tiles count from there. With ``gather``, the token of a position s is ``x_gmem[rows_gmem[s]]``; without,
 ``x_gmem[s]``.
 
-``worker()`` : all
-    The number of this CTA.
-``workers()`` : all
-    How many there are.
+``share(tiles)`` : all
+    How many of the tiles this CTA has (:func:`~nmsparse.cuda.schedule.share`).
+``nth(index)`` : all
+    Which: their numbers (:func:`~nmsparse.cuda.schedule.nth`).
 ``grid(row_blocks, k_blocks)`` : all
     ``⌈row_blocks / warpgroups⌉, 64·k_blocks / TK``: tiles of rows, steps.
 ``tiles(plan_gmem, experts, row_tiles)`` : all
@@ -144,13 +143,16 @@ The words for the ring, the sums, runs and turns that the text says are those ab
     are brought, or dense, swizzled. ``full[slot]`` completes after their bytes, and those of the tokens unless these
     are gathered.
 ``load_tokens(ring, turn, x_gmem, tokens, step, columns)`` : producer
-    ``tokens[slot] = x[:, TK·step :][:, :TK]``, where x is the rows of X that ``find_tokens`` found, zeros where there
-    is none and from ``columns`` on; swizzled. All 128 threads of the producer gather, and are elected for it:
-    ``full[slot]`` counts an arrival of each when its copies have landed.
+    ``tokens[slot] = x[:, TK·step :][:, :TK]``, where x is the rows of X that ``find_tokens`` found, zeros from
+    ``columns`` on; swizzled. Where there is no token, what lies in the slot stays. All 128 threads of the producer
+    gather, and are elected for it: ``full[slot]`` counts an arrival of each when its copies have landed.
 ``picks(picks_gmem, expert, row, rows, runs)`` : consumer
     As above, in ``picks_gmem`` ``(experts, rows, runs)``.
 ``multiply(acc, ring, turn, keep)`` : consumer
     ``wgmma_sp``, or ``wgmma`` of dense weights.
+``multiply_few(acc, ring, turn, keep)`` : consumer
+    The same with the first TT/2 tokens of the slot only, from TT = 64 on, and in no turn; the sums of the others are
+    undefined.
 ``store(acc, ring, y_gmem, row, first, end, outputs, pitch)`` : consumer
     ``y[first + t, M + m] = act(acc)[m, t]``, rounded, where M is the consumer's first output, and act of gated weights
     the product of ``act`` of a gate row and its up row; only before ``end`` and ``outputs``.

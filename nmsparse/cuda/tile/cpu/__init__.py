@@ -2,7 +2,7 @@
 
 Each role (producer, consumers) of each CTA is a thread, and one thread runs at a time, drawn from a seed. What the
 hardware may do late happens here as late as it may: copies land just before their barrier's phase completes, a product
-reads its operands when it is waited for, a bulk store its buffer likewise, and a ring slot is NaN from the moment its
+reads its operands when it is waited for, and a ring slot is NaN from the moment its
 refill begins. A word that breaks a rule raises :class:`KernelError`, which says who did what; a wait that nothing can
 end raises :class:`Deadlock`.
 What the twin cannot show: time, bank conflicts, alignment, races between the threads of a warpgroup, memory order that

@@ -14,6 +14,7 @@ from ...layout import BLOCK
 from . import gemv
 from .crew import KernelError
 from .gemv import LANE, Words, check_pitch, nothing, outputs_of, slab_picks, sum_words, total, weight_words
+from .plan import ends_of
 
 __all__ = ["launch", "make", "plan_words"]
 
@@ -38,17 +39,14 @@ def plan_words(cfg: Any) -> Words:
     """Tiles of tokens as the plan says, experts side by side."""
 
     def tiles(plan_gmem: np.ndarray, experts: int, row_tiles: int) -> int:
-        if plan_gmem.shape != (2 * experts,):
-            raise KernelError(f"plan: there are {plan_gmem.shape}, the kernel says {(2 * experts,)}")
-        return int(plan_gmem[2 * experts - 1]) * row_tiles
+        return ends_of(cfg, plan_gmem, experts)[1][-1] * row_tiles
 
     def place(number: int, row_tiles: int, plan_gmem: np.ndarray, experts: int) -> tuple[int, int, int, int]:
-        ends, tile_ends = plan_gmem[:experts], plan_gmem[experts:]
-        expert = int((tile_ends * row_tiles <= number).sum())  # how many have all their tiles before it
-        first, tiles_before = (int(ends[expert - 1]), int(tile_ends[expert - 1])) if expert else (0, 0)
-        token_tiles = int(tile_ends[expert]) - tiles_before
-        row, token = schedule.place(number - tiles_before * row_tiles, row_tiles, token_tiles, cfg.group)
-        return expert, row, first + token * cfg.tile_t, int(ends[expert])
+        ends, tile_ends = ends_of(cfg, plan_gmem, experts)
+        expert = sum(end * row_tiles <= number for end in tile_ends[1:])  # how many have all their tiles before it
+        before, after = tile_ends[expert : expert + 2]
+        row, token = schedule.place(number - before * row_tiles, row_tiles, after - before, cfg.group)
+        return expert, row, ends[expert] + token * cfg.tile_t, ends[expert + 1]
 
     return {"tiles": tiles, "place": place}
 

@@ -16,6 +16,7 @@ from . import vocabulary
 from .grouped_store import store_words
 from .machine import Accumulator, Group, Ring, Role
 from .multiply import CHUNK_BYTES, add_to_registers, dense_product
+from .plan import ends_of
 from .samoyeds import LOWER, Picks, run_words, turn_words
 from .words import (
     DTYPES,
@@ -28,6 +29,7 @@ from .words import (
     producer_words,
     ring_words,
     slot_to_multiply,
+    sparse_word,
 )
 
 __all__ = ["make"]
@@ -41,11 +43,15 @@ def make(cfg: Any) -> SimpleNamespace:
     gemm = {**place_words(cfg), **ring_words(cfg), **producer_words(cfg), **consumer_words(cfg)}
     everyone = {word: gemm[word] for word in ("role", "elect", "ring")} | _plan_words(cfg)
     producer = {word: gemm[word] for word in ("give_registers", "wait_empty")} | _weight_words(cfg) | _token_words(cfg)
-    consumer = {word: gemm[word] for word in ("take_registers", "accumulator", "wait_full", "wait_wgmma", "release")}
-    consumer["multiply"] = _dense_word(cfg) if cfg.dense else gemm["wgmma_sp"]
+    waits = "wait_full", "wait_wgmma", "wait_wgmma_but_one"
+    consumer = {word: gemm[word] for word in ("take_registers", "accumulator", *waits, "release")}
+    product = _dense_word if cfg.dense else sparse_word
+    consumer |= {"multiply": product(cfg, cfg.tile_t), "multiply_few": product(cfg, cfg.few)}
     for part in (_run_words, turn_words, store_words):
         consumer |= part(cfg)
-    return vocabulary(everyone, producer, consumer)
+    tile = vocabulary(everyone, producer, consumer)
+    tile.inline = lambda function: function
+    return tile
 
 
 def _plan_words(cfg: Any) -> Words:
@@ -57,9 +63,9 @@ def _plan_words(cfg: Any) -> Words:
         return -(-row_blocks // cfg.warpgroups), steps
 
     def tiles(role: Role, plan_gmem: np.ndarray, experts: int, row_tiles: int) -> int:
-        ends, tile_ends = plan_gmem.reshape(2, experts)
-        counts = np.diff(ends, prepend=0)
-        whole = (counts >= 0).all() and np.array_equal(tile_ends, np.cumsum(-(-counts // cfg.tile_t)))
+        ends, tile_ends = ends_of(cfg, plan_gmem, experts)
+        counts = np.diff(ends)
+        whole = (counts >= 0).all() and np.array_equal(tile_ends[1:], np.cumsum(-(-counts // cfg.tile_t)))
         role.require(
             bool(whole),
             f"expected a plan of ends, and of the ends of tiles of {cfg.tile_t} tokens, came {plan_gmem.tolist()}",
@@ -69,19 +75,25 @@ def _plan_words(cfg: Any) -> Words:
     def place(
         role: Role, number: int, row_tiles: int, plan_gmem: np.ndarray, experts: int
     ) -> tuple[int, int, int, int]:
-        ends, tile_ends = ([0, *half.tolist()] for half in plan_gmem.reshape(2, experts))
+        ends, tile_ends = ends_of(cfg, plan_gmem, experts)
         expert = sum(end * row_tiles <= number for end in tile_ends[1:])
         role.require(expert < experts, f"place: tile {number} belongs to no expert")
         before, after = tile_ends[expert : expert + 2]
         row, token = schedule.place(number - before * row_tiles, row_tiles, after - before, cfg.group)
         return expert, row, ends[expert] + token * cfg.tile_t, ends[expert + 1]
 
+    def share(role: Role, tiles: int) -> int:
+        return schedule.share(role.cta.number, role.cta.machine.workers, tiles)
+
+    def nth(role: Role, index: int) -> int:
+        return schedule.nth(index, role.cta.number, role.cta.machine.workers)
+
     return {
         "grid": grid,
         "tiles": tiles,
         "place": place,
-        "worker": lambda role: role.cta.number,
-        "workers": lambda role: role.cta.machine.workers,
+        "share": share,
+        "nth": nth,
     }
 
 
@@ -180,9 +192,11 @@ def _token_words(cfg: Any) -> Words:
         inside = (tokens != NOWHERE)[:, None] & (column // 8 * 8 < columns)  # chunks are copied whole
         box = np.where(inside, x.view(np.uint16)[np.where(inside, tokens[:, None] + column, 0)], 0).astype(np.uint16)
         parts = np.split(box.view(np.uint8).reshape(cfg.tile_t, -1, CHUNK_BYTES), step_blocks, axis=1)
-        target = ring.memory[slot, : cfg.token_bytes]
-        swizzled = np.concatenate([_swizzled(part) for part in parts])
-        ring.full[slot].copy(0, lambda: np.copyto(target, swizzled))  # threads copy: nobody counts these bytes
+        target = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
+        swizzled = np.stack([_swizzled(part).reshape(cfg.tile_t, ROW_BYTES) for part in parts])
+        there = (tokens != NOWHERE)[:, None]
+        # Threads copy: nobody counts these bytes.
+        ring.full[slot].copy(0, lambda: np.copyto(target, swizzled, where=there))
         ring.full[slot].arrive(f"the threads of {role}", times=128)
 
     def load_in_order(
@@ -202,20 +216,22 @@ def _token_words(cfg: Any) -> Words:
     }
 
 
-def _dense_word(cfg: Any) -> Callable[..., Any]:
+def _dense_word(cfg: Any, number: int) -> Callable[..., Any]:
+    """``wgmma`` of a slot with its first ``number`` tokens, into the first sums."""
     dtype, step_blocks = DTYPES[cfg.dtype], cfg.tile_k // BLOCK
 
     def multiply(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
-        slot = slot_to_multiply(cfg, role, ring, turn)
-        tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
+        slot = slot_to_multiply(cfg, role, ring, turn, number)
+        tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         weights = ring.memory[slot, cfg.token_bytes : cfg.token_bytes + cfg.warpgroups * cfg.weight_bytes]
         mine = weights.reshape(step_blocks, cfg.warpgroups, BLOCK, ROW_BYTES)[:, role.number]
 
         def product(columns: range) -> None:
+            sums = acc.sums[:, : number // 2]
             if not keep and columns.start == 0:
-                acc.sums[:] = 0
+                sums[:] = 0
             for j in columns:
-                add_to_registers(acc.sums, dense_product(tokens[j], mine[j], dtype))
+                add_to_registers(sums, dense_product(tokens[j], mine[j], dtype))
 
         for columns in groups_of(cfg):
             role.groups.append(Group(acc, slot, turn, functools.partial(product, columns)))

@@ -11,14 +11,14 @@ from ....reference import ACTIVATIONS
 from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
 from .samoyeds import of_pairs
-from .store import store_staged
+from .store import store_outputs
 from .words import check_settled
 
 __all__ = ["store_words"]
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """``store`` and ``finish_stores`` for ``cfg``."""
+    """``store`` for ``cfg``."""
     act = ACTIVATIONS[cfg.activation]
 
     def outputs_of(acc: Accumulator) -> np.ndarray:
@@ -45,6 +45,6 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     ) -> None:
         check_settled(role, acc, "store")
         mine = (row * cfg.warpgroups + role.number) * cfg.outputs
-        store_staged(role, outputs_of(acc), y_gmem, mine, first, end, outputs, pitch)
+        store_outputs(role, outputs_of(acc), y_gmem, mine, first, end, outputs, pitch)
 
-    return {"store": store, "finish_stores": lambda role: role.staging.wait_read()}
+    return {"store": store}

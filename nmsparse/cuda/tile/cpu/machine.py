@@ -12,7 +12,7 @@ import numpy as np
 from .barrier import Barrier, Meeting
 from .crew import Crew, KernelError
 
-__all__ = ["PRODUCER", "Accumulator", "Cta", "Group", "Machine", "Ring", "Role", "Staging"]
+__all__ = ["PRODUCER", "Accumulator", "Cta", "Group", "Machine", "Ring", "Role"]
 
 PRODUCER = -1
 POISON = 0xFF  # as 16-bit floats NaN, as metadata positions that do not ascend
@@ -54,28 +54,6 @@ class Group:
     finish: Callable[[], None]
 
 
-class Staging:
-    """A consumer's buffer of outputs, ``(tokens, outputs)`` of 16 bits, that the copy engine reads by and by.
-
-    What is sent is read as late as may be: when the consumer waits for it. So whoever overwrites it sooner sends
-    something else.
-    """
-
-    def __init__(self, cfg: Any) -> None:
-        self.memory = np.full((cfg.tile_t, cfg.staged_token_bytes // 2), POISON << 8 | POISON, np.uint16)
-        self.sending: list[Callable[[], None]] = []
-
-    def send(self, store: Callable[[], None]) -> None:
-        """Start a bulk store: ``store()`` reads the buffer."""
-        self.sending.append(store)
-
-    def wait_read(self) -> None:
-        """Until all that was sent has been read."""
-        for store in self.sending:
-            store()
-        self.sending = []
-
-
 @dataclass(eq=False)
 class Role:
     """One warpgroup: the producer (-1) or a consumer (0, 1, …) of a CTA, and what it has done so far."""
@@ -91,7 +69,6 @@ class Role:
 
     def __post_init__(self) -> None:
         self.released = [0] * self.cta.machine.cfg.stages
-        self.staging = Staging(self.cta.machine.cfg)
 
     def __str__(self) -> str:
         who = "producer" if self.number == PRODUCER else f"consumer {self.number}"
@@ -169,8 +146,6 @@ class Machine:
                     raise KernelError(f"at the end, copies are still under way: {barrier}")
             for consumer in cta.roles[1:]:
                 consumer.require(not consumer.groups, "ends while wgmma groups are under way; say wait_wgmma()")
-                read = not consumer.staging.sending
-                consumer.require(read, "ends while the copy engine reads its staging buffer; say finish_stores()")
                 for slot, fills in enumerate(cta.ring.fills):
                     done = consumer.released[slot]
                     consumer.require(

@@ -24,6 +24,7 @@ __all__ = ["launch", "make_dispatch", "make_route"]
 
 LANE = np.arange(32)
 NOBODY = np.int32(-1)
+FAR_BELOW = -(1 << 30)  # where slots of dropped experts begin: no rank takes them up to 0
 _here = threading.local()  # .warp: who the running thread is
 
 
@@ -240,7 +241,7 @@ def _slot_words(cfg: Any) -> dict[str, Any]:
     def position(expert, rank):
         known, at = expert >= 0, np.full(32, NOBODY)
         at[known] = _here.warp.cta.start.read(_here.warp.number, expert[known]) + rank[known]
-        return at
+        return np.maximum(at, NOBODY)
 
     def store_int(gmem, index, value, inside):
         gmem.store(_here.warp.number, index[inside], value[inside])
@@ -294,16 +295,21 @@ def _count_words(cfg: Any) -> dict[str, Any]:
             warp.wait(lambda: counter_gmem.values[experts] >= machine.grid, "all CTAs")
             machine.clocks.acquire(warp.number, machine.met)
 
-    def plan(plan_gmem, counter_gmem, tile_t):
+    def plan(plan_gmem, counter_gmem, order_gmem, tile_t):
         warp = _here.warp
         if warp.warp:
             return
-        totals = (counter_gmem if warp.machine.grid > 1 else warp.cta.counts).read(warp.number, everyone)
-        ends, start = np.cumsum(totals), warp.cta.start
-        start.write(warp.number, everyone, start.read(warp.number, everyone) + ends - totals)
+        order = everyone if cfg.kept is None else order_gmem.read(warp.number, everyone)
+        kept, dropped = order[: cfg.kept], order[len(everyone) if cfg.kept is None else cfg.kept :]
+        totals = (counter_gmem if warp.machine.grid > 1 else warp.cta.counts).read(warp.number, kept)
+        ends, tiles, start = np.cumsum(totals), np.cumsum(-(-totals // tile_t)), warp.cta.start
+        start.write(warp.number, kept, start.read(warp.number, kept) + ends - totals)
+        start.write(warp.number, dropped, FAR_BELOW)
         if warp.cta.number == 0:
-            plan_gmem.store(warp.number, everyone, ends)
-            plan_gmem.store(warp.number, experts + everyone, np.cumsum(-(-totals // tile_t)))
+            found = np.concatenate([ends, tiles])
+            if cfg.kept is not None:
+                found = np.stack([[0, *ends], [0, *tiles]], axis=1).reshape(-1)
+            plan_gmem.store(warp.number, np.arange(found.size), found)
 
     def leave(counter_gmem):
         warp, machine = _here.warp, _here.warp.machine

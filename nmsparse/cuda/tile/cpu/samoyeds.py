@@ -14,7 +14,7 @@ from ... import schedule
 from . import vocabulary
 from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
-from .store import partial_words, store_staged
+from .store import partial_words, store_outputs
 from .words import check_settled, consumer_words, place_words, producer_words, ring_words
 
 __all__ = ["Picks", "make", "of_pairs", "run_words", "turn_words"]
@@ -139,6 +139,6 @@ def _store_words(cfg: Any) -> Words:
             mine = bias_gmem[first : first + cfg.height]  # type: ignore[index]
             bias[: len(mine)] = mine
             outputs = outputs + bias
-        store_staged(role, outputs, y_gmem, first, token * cfg.tile_t, tokens, rows, pitch)
+        store_outputs(role, outputs, y_gmem, first, token * cfg.tile_t, tokens, rows, pitch)
 
-    return {"store": store, "finish_stores": lambda role: role.staging.wait_read()}
+    return {"store": store}

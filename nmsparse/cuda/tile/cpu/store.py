@@ -13,7 +13,7 @@ from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
 from .words import check_settled
 
-__all__ = ["claim", "partial_words", "store_staged", "store_words"]
+__all__ = ["claim", "partial_words", "store_outputs", "store_words"]
 
 
 def claim(role: Role, t: np.ndarray, m: np.ndarray, pitch: int) -> np.ndarray:
@@ -29,24 +29,14 @@ def claim(role: Role, t: np.ndarray, m: np.ndarray, pitch: int) -> np.ndarray:
     return at
 
 
-def store_staged(
+def store_outputs(
     role: Role, outputs: np.ndarray, y_gmem: np.ndarray, first: int, token: int, end: int, rows: int, pitch: int
 ) -> None:
-    """``y[token + t, first + i] = outputs[t, i]``, only before ``end`` and ``rows``, by way of the staging buffer."""
-    staging, y = role.staging, y_gmem.reshape(-1)
-    staging.wait_read()
-    with np.errstate(over="ignore", invalid="ignore"):
-        staging.memory[:, : outputs.shape[1]] = outputs.astype(y.dtype).view(np.uint16)
+    """``y[token + t, first + i] = outputs[t, i]``, only before ``end`` and ``rows``."""
     t, m = np.arange(token, min(token + len(outputs), end)), np.arange(first, min(first + outputs.shape[1], rows))
-    at = claim(role, t, m, pitch)
-
-    def send() -> None:
-        y[at] = staging.memory[: len(t), : len(m)].view(y.dtype)
-
-    if (rows | pitch) % 8 == 0:  # rows of Y that the copy engine can address
-        staging.send(send)
-    else:
-        send()
+    y = y_gmem.reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y[claim(role, t, m, pitch)] = outputs[: len(t), : len(m)].astype(y.dtype)
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:

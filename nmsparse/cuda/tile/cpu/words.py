@@ -25,6 +25,7 @@ __all__ = [
     "producer_words",
     "ring_words",
     "slot_to_multiply",
+    "sparse_word",
 ]
 
 Words = dict[str, Callable[..., Any]]
@@ -166,14 +167,14 @@ def box_of(x_gmem: np.ndarray, token: int, column: int, share: int) -> np.ndarra
     return box.view(np.uint8).reshape(share, -1, CHUNK_BYTES)
 
 
-def slot_to_multiply(cfg: Any, role: Role, ring: Ring, turn: int) -> int:
-    """The slot of ``turn``, which ``role`` may multiply now."""
+def slot_to_multiply(cfg: Any, role: Role, ring: Ring, turn: int, number: int) -> int:
+    """The slot of ``turn``, which ``role`` may multiply now; fewer tokens than all of a tile at any time."""
     fill, slot = fill_and_slot(cfg, role, turn)
     what = f"multiplies slot {slot} (turn {turn})"
     known = role.knows(ring.full[slot], fill + 1)
     role.require(known, f"{what} without having waited until it was full; say wait_full first")
     role.require(role.released[slot] == fill, f"{what}, which it has already released")
-    role.require(role.may_multiply, f"{what} out of turn; say await_turn() first")
+    role.require(role.may_multiply or number < cfg.tile_t, f"{what} out of turn; say await_turn() first")
     return slot
 
 
@@ -183,17 +184,9 @@ def groups_of(cfg: Any) -> list[range]:
     return [range(j, j + 1) for j in columns] if cfg.ordered else [columns]
 
 
-def consumer_words(cfg: Any) -> Words:
-    """What empties the ring into sums."""
-    dtype = DTYPES[cfg.dtype]
-    step_blocks, block_sums = cfg.tile_k // BLOCK, cfg.tile_t // 2
-
-    def accumulator(role: Role) -> Accumulator:
-        return Accumulator(np.full((WARPGROUP, cfg.sums), np.nan, np.float32))
-
-    def wait_full(role: Role, ring: Ring, turn: int) -> None:
-        fill, slot = fill_and_slot(cfg, role, turn)
-        role.wait(ring.full[slot], fill & 1, turn)
+def sparse_word(cfg: Any, number: int) -> Callable[..., None]:
+    """``wgmma.sp`` of a slot with its first ``number`` tokens, into the first sums."""
+    dtype, step_blocks, block_sums = DTYPES[cfg.dtype], cfg.tile_k // BLOCK, cfg.tile_t // 2
 
     def packed(role: Role, slot: int) -> np.ndarray:
         """The consumer's blocks in a slot, ``(blocks, steps of 64, bytes)``."""
@@ -202,14 +195,14 @@ def consumer_words(cfg: Any) -> Words:
         return mine.reshape(cfg.blocks, step_blocks, BLOCK_BYTES)
 
     def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
-        slot = slot_to_multiply(cfg, role, ring, turn)
-        tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)
+        slot = slot_to_multiply(cfg, role, ring, turn, number)
+        tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         blocks = packed(role, slot)
         metadata = metadata_registers(blocks)
 
         def multiply(columns: range) -> None:
             for i in range(cfg.blocks):
-                sums = acc.sums[:, i * block_sums : (i + 1) * block_sums]
+                sums = acc.sums[:, i * block_sums : i * block_sums + number // 2]
                 if not keep and columns.start == 0:
                     sums[:] = 0
                 for j in columns:
@@ -219,6 +212,19 @@ def consumer_words(cfg: Any) -> Words:
 
         for columns in groups_of(cfg):
             role.groups.append(Group(acc, slot, turn, functools.partial(multiply, columns)))
+
+    return wgmma_sp
+
+
+def consumer_words(cfg: Any) -> Words:
+    """What empties the ring into sums."""
+
+    def accumulator(role: Role) -> Accumulator:
+        return Accumulator(np.full((WARPGROUP, cfg.sums), np.nan, np.float32))
+
+    def wait_full(role: Role, ring: Ring, turn: int) -> None:
+        fill, slot = fill_and_slot(cfg, role, turn)
+        role.wait(ring.full[slot], fill & 1, turn)
 
     def wait_for_all_but(count: int) -> Callable[[Role], None]:
         return lambda role: role.finish_groups(but=count)
@@ -242,7 +248,7 @@ def consumer_words(cfg: Any) -> Words:
     return {
         "accumulator": accumulator,
         "wait_full": wait_full,
-        "wgmma_sp": wgmma_sp,
+        "wgmma_sp": sparse_word(cfg, cfg.tile_t),
         "wait_wgmma": wait_for_all_but(0),
         "wait_wgmma_but_one": wait_for_all_but(1),
         "release": release,

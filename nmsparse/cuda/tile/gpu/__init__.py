@@ -22,7 +22,15 @@ jit = cuda.jit(device=True, forceinline=True)
 
 divide = callable_of(memory.divide)
 teach(schedule.divide, lambda a, b: i32(divide(a, b)))
-for function in (schedule.whole_tiles, schedule.pieces, schedule.piece, schedule.place, schedule.run_of):
+for function in (
+    schedule.whole_tiles,
+    schedule.pieces,
+    schedule.piece,
+    schedule.place,
+    schedule.run_of,
+    schedule.nth,
+    schedule.share,
+):
     teach(function)
 
 
@@ -220,14 +228,33 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 
 def consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
+    wait_0, wait_1 = callable_of(wgmma.wait(0)), callable_of(wgmma.wait(1))
+
+    @jit
+    def wait_wgmma():
+        wait_0()
+
+    @jit
+    def wait_wgmma_but_one():
+        wait_1()
+
+    return {
+        "accumulator": registers(cfg.sums),
+        "wgmma_sp": sparse_product(cfg, cfg.tile_t),
+        "wait_wgmma": wait_wgmma,
+        "wait_wgmma_but_one": wait_wgmma_but_one,
+    }
+
+
+def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
+    """``wgmma.sp`` of a slot with its first ``tokens`` tokens, into the first sums."""
     STAGES, SLOT, STEP = cfg.stages, cfg.slot_bytes, cfg.tile_k // BLOCK
     TILE_T, TOKENS, WEIGHTS, BLOCKS = cfg.tile_t, cfg.token_bytes, cfg.weight_bytes, cfg.blocks
     ORDERED = cfg.ordered
     A_DESCRIPTOR = u64(descriptor(leading=128, stride=512))
     B_DESCRIPTOR = u64(descriptor(leading=16, stride=1024, swizzle=1))
-    multiplies = [callable_of(wgmma.wgmma_sp(TILE_T, cfg.dtype), first=i * TILE_T // 2) for i in range(BLOCKS)]
+    multiplies = [callable_of(wgmma.wgmma_sp(tokens, cfg.dtype), first=i * TILE_T // 2) for i in range(BLOCKS)]
     fence, commit = callable_of(wgmma.fence), callable_of(wgmma.commit)
-    wait_0, wait_1 = callable_of(wgmma.wait(0)), callable_of(wgmma.wait(1))
     metadata = callable_of(memory.load("shared", "u32", 2))
 
     meta_registers = registers(2 * STEP * BLOCKS, "u32")
@@ -279,17 +306,4 @@ def consumer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         if not ORDERED:
             commit()
 
-    @jit
-    def wait_wgmma():
-        wait_0()
-
-    @jit
-    def wait_wgmma_but_one():
-        wait_1()
-
-    return {
-        "accumulator": registers(cfg.sums),
-        "wgmma_sp": wgmma_sp,
-        "wait_wgmma": wait_wgmma,
-        "wait_wgmma_but_one": wait_wgmma_but_one,
-    }
+    return wgmma_sp

@@ -8,16 +8,22 @@ from typing import Any
 from numba import cuda
 from numba.cuda import libdevice, types
 
+from ...ptx import arithmetic
+from ...ptx.numba_glue import callable_of
+
 __all__ = ["ACTIVATIONS"]
 
 f32 = types.float32
 
 jit = cuda.jit(device=True, forceinline=True)
 
+_exp2, _reciprocal = callable_of(arithmetic.exp2), callable_of(arithmetic.reciprocal)
+LOG2_E = 1.4426950408889634
+
 
 @jit
 def silu(x):
-    return libdevice.fast_fdividef(x, f32(1) + libdevice.fast_expf(-x))
+    return x * _reciprocal(f32(1) + _exp2(x * f32(-LOG2_E)))
 
 
 @jit

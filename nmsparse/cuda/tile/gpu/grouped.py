@@ -13,7 +13,7 @@ from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES
 from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import callable_of, registers
-from . import consumer_words, descriptor, ring_words
+from . import consumer_words, descriptor, ring_words, sparse_product
 from .grouped_store import store_words
 from .samoyeds import run_words, turn_words
 from .store import sequence
@@ -28,7 +28,7 @@ NOWHERE = 0xFFFFFFFF  # a token that does not exist
 def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_grouped.GroupedConfig`."""
     tile = ModuleType("tile")
-    tile.PRODUCER = -1
+    tile.PRODUCER, tile.inline = -1, jit
     for part in (
         plan_words,
         _worker_words,
@@ -47,7 +47,7 @@ def make(cfg: Any) -> ModuleType:
 
 def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """Tiles of tokens as the plan says, experts side by side."""
-    TILE_T, GROUP = cfg.tile_t, cfg.group
+    TILE_T, GROUP, PART = cfg.tile_t, cfg.group, cfg.part
     read, ballot = callable_of(memory.load("global", "s32")), callable_of(memory.vote_ballot)
     place_of = schedule.place
 
@@ -56,8 +56,20 @@ def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         return read(plan_gmem + u64(index * 4))
 
     @jit
+    def end_of(plan_gmem, expert):
+        """Of the positions of an expert; of a part, -1 is the one before it."""
+        return entry(plan_gmem, 2 * expert + 2 if PART else expert)
+
+    @jit
+    def tiles_to(plan_gmem, experts, expert):
+        """Tiles of all experts up to this one."""
+        if PART:
+            return i32(entry(plan_gmem, 2 * expert + 3) - entry(plan_gmem, 1))
+        return entry(plan_gmem, experts + expert)
+
+    @jit
     def tiles(plan_gmem, experts, row_tiles):
-        return i32(entry(plan_gmem, 2 * experts - 1) * row_tiles)
+        return i32(tiles_to(plan_gmem, experts, experts - 1) * row_tiles)
 
     @jit
     def find(number, row_tiles, plan_gmem, experts):
@@ -66,7 +78,7 @@ def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         for base in range(0, experts, 32):
             index = base + i32(cuda.threadIdx.x % 32)
             before = u32(0)
-            if index < experts and entry(plan_gmem, experts + index) * row_tiles <= number:
+            if index < experts and tiles_to(plan_gmem, experts, index) * row_tiles <= number:
                 before = u32(1)
             found += libdevice.popc(i32(ballot(before)))
         return i32(found)
@@ -75,11 +87,11 @@ def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def place(number, row_tiles, plan_gmem, experts):
         expert = find(number, row_tiles, plan_gmem, experts)
         first, tiles_before = i32(0), i32(0)
-        if expert > 0:
-            first, tiles_before = entry(plan_gmem, expert - 1), entry(plan_gmem, experts + expert - 1)
-        token_tiles = entry(plan_gmem, experts + expert) - tiles_before
+        if PART or expert > 0:
+            first, tiles_before = end_of(plan_gmem, expert - 1), tiles_to(plan_gmem, experts, expert - 1)
+        token_tiles = tiles_to(plan_gmem, experts, expert) - tiles_before
         row, token = place_of(number - tiles_before * row_tiles, row_tiles, token_tiles, GROUP)
-        return expert, i32(row), i32(first + token * TILE_T), entry(plan_gmem, expert)
+        return expert, i32(row), i32(first + token * TILE_T), end_of(plan_gmem, expert)
 
     return {"tiles": tiles, "place": place}
 
@@ -87,13 +99,15 @@ def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 def _worker_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     BLOCKS, STEP, GATHER = cfg.warpgroups, cfg.tile_k // BLOCK, cfg.gather
 
-    @jit
-    def worker():
-        return i32(cuda.blockIdx.x)
+    share_of, nth_of = schedule.share, schedule.nth
 
     @jit
-    def workers():
-        return i32(cuda.gridDim.x)
+    def share(tiles):
+        return i32(share_of(i32(cuda.blockIdx.x), i32(cuda.gridDim.x), tiles))
+
+    @jit
+    def nth(index):
+        return i32(nth_of(i32(index), i32(cuda.blockIdx.x), i32(cuda.gridDim.x)))
 
     @jit
     def grid(row_blocks, k_blocks):
@@ -107,7 +121,7 @@ def _worker_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def elect():
         return GATHER or cuda.threadIdx.x < 32
 
-    return {"grid": grid, "worker": worker, "workers": workers, "role": role, "elect": elect}
+    return {"grid": grid, "share": share, "nth": nth, "role": role, "elect": elect}
 
 
 def _ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
@@ -228,16 +242,22 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _multiply_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    words = consumer_words(cfg)
-    multiply = _dense_product(cfg) if cfg.dense else words["wgmma_sp"]
-    return {"accumulator": words["accumulator"], "multiply": multiply, "wait_wgmma": words["wait_wgmma"]}
+    words, product = consumer_words(cfg), _dense_product if cfg.dense else sparse_product
+    return {
+        "accumulator": words["accumulator"],
+        "multiply": product(cfg, cfg.tile_t),
+        "multiply_few": product(cfg, cfg.few),
+        "wait_wgmma": words["wait_wgmma"],
+        "wait_wgmma_but_one": words["wait_wgmma_but_one"],
+    }
 
 
-def _dense_product(cfg: Any) -> Callable[..., Any]:
+def _dense_product(cfg: Any, tokens: int) -> Callable[..., Any]:
+    """``wgmma`` of a slot with its first ``tokens`` tokens, into the first sums."""
     STAGES, SLOT, TOKENS, STEP, TILE_T = cfg.stages, cfg.slot_bytes, cfg.token_bytes, cfg.tile_k // BLOCK, cfg.tile_t
-    ROWS, ORDERED = cfg.tile_rows, cfg.ordered
+    ROWS = cfg.tile_rows
     DESCRIPTOR = u64(descriptor(leading=16, stride=1024, swizzle=1))
-    product = callable_of(wgmma.wgmma(TILE_T, cfg.dtype))
+    product = callable_of(wgmma.wgmma(tokens, cfg.dtype))
     fence, commit = callable_of(wgmma.fence), callable_of(wgmma.commit)
 
     def columns_of(j):
@@ -248,8 +268,6 @@ def _dense_product(cfg: Any) -> Callable[..., Any]:
             for i in range(4):
                 first = u64(j * ROWS * 8 + i * 2), u64(j * TILE_T * 8 + i * 2)
                 product(acc, a + first[0], b + first[1], u32(keep) if j == 0 and i == 0 else u32(1))
-            if ORDERED:
-                commit()
 
         return part
 
@@ -262,8 +280,7 @@ def _dense_product(cfg: Any) -> Callable[..., Any]:
         a, b = u64(weights >> u32(4)) | DESCRIPTOR, u64(slot >> u32(4)) | DESCRIPTOR
         fence()
         multiply_all(acc, a, b, keep)
-        if not ORDERED:
-            commit()
+        commit()
 
     return multiply
 

@@ -1,8 +1,4 @@
-"""The epilogue of :mod:`nmsparse.cuda.kernels.grouped` on Numba CUDA: activation, rounding, and the way to memory.
-
-Outputs go to a staging buffer, token by token, from where the copy engine stores them while the next tile is
-multiplied. A staged token has 16 bytes of padding, which spreads tokens over the banks.
-"""
+"""The epilogue of :mod:`nmsparse.cuda.kernels.grouped` on Numba CUDA: activation, rounding, and the way to memory."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ from numba.cuda import types
 from ...ptx import matrix, memory
 from ...ptx.numba_glue import callable_of
 from .activation import ACTIVATIONS
-from .staging import begin_staging, finish_stores, make_send, read_thread
+from .staging import make_store, read_thread
 from .store import sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -24,37 +20,34 @@ jit = cuda.jit(device=True, forceinline=True)
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """``store`` and ``finish_stores`` for ``cfg``."""
-    WARPGROUPS, OUTPUTS, STAGING, STAGING_BYTES = cfg.warpgroups, cfg.outputs, cfg.staging_offset, cfg.staging_bytes
-    stage = _stage_pairs(cfg) if cfg.pairs else _stage_rows(cfg)
-    send = make_send(cfg.tile_t, OUTPUTS, cfg.staged_token_bytes)
+    """``store`` for ``cfg``."""
+    WARPGROUPS, OUTPUTS = cfg.warpgroups, cfg.outputs
+    store_all = make_store(cfg, OUTPUTS, _stage_pairs(cfg) if cfg.pairs else _stage_rows(cfg))
 
     @jit
     def store(acc, ring, y_gmem, row, first, end, outputs, pitch):
         thread = read_thread()
-        group, thread = thread // 128, thread % 128
-        staging = ring + u32(STAGING + (group - 1) * STAGING_BYTES)
-        begin_staging(group)
-        stage(acc, staging, thread)
-        send(staging, thread, group, y_gmem, (row * WARPGROUPS + group - 1) * OUTPUTS, outputs, first, end, pitch)
+        group = thread // 128
+        mine = (row * WARPGROUPS + group - 1) * OUTPUTS
+        store_all(acc, ring, thread % 128, group, 0, y_gmem, mine, outputs, first, end, pitch)
 
-    return {"store": store, "finish_stores": finish_stores}
+    return {"store": store}
 
 
-def _stage_pairs(cfg: Any) -> Callable[..., Any]:
+def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
     """Of Samoyeds: a thread holds both outputs of its sub-rows, which are neighbours in a token."""
     SUMS, PITCH, GATED = cfg.run_sums, cfg.staged_token_bytes, cfg.gated
     act = ACTIVATIONS[cfg.activation]
     pack, put = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32"))
 
-    def tokens(number):
+    def tokens(number, place):
         """Eight tokens, of which a thread holds two."""
         EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
 
         @jit
         def part(acc, at):
             for column in range(2):
-                to = at + u32((8 * number + column) * PITCH)
+                to = at + u32((8 * place + column) * PITCH)
                 a, b = act(acc[EVEN + column]), act(acc[ODD + column])
                 c, d = acc[EVEN + column + 2], acc[ODD + column + 2]
                 if GATED:
@@ -65,20 +58,24 @@ def _stage_pairs(cfg: Any) -> Callable[..., Any]:
 
         return part
 
-    all_tokens = sequence([tokens(i) for i in range(cfg.tile_t // 8)])
-    SLAB = 8 if GATED else 16  # pairs of a warp
+    SLAB, EIGHTS = 8 if GATED else 16, cfg.chunk // 8  # pairs of a warp
 
-    @jit
-    def stage(acc, staging, thread):
-        lane = thread % 32
-        all_tokens(acc, staging + u32(lane % 4 * 2 * PITCH + (thread // 32 * SLAB + lane // 4) * 4))
+    def stage_of(first):
+        all_tokens = sequence([tokens(first // 8 + i, i) for i in range(EIGHTS)])
 
-    return stage
+        @jit
+        def stage(acc, staging, thread, extra):
+            lane = thread % 32
+            all_tokens(acc, staging + u32(lane % 4 * 2 * PITCH + (thread // 32 * SLAB + lane // 4) * 4))
+
+        return stage
+
+    return stage_of
 
 
-def _stage_rows(cfg: Any) -> Callable[..., Any]:
+def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., Any]]:
     """Of other weights: sums lie along tokens in a thread; ``stmatrix.trans`` turns 8×8 pieces."""
-    PITCH, GATED, TILE_T = cfg.staged_token_bytes, cfg.gated, cfg.tile_t
+    PITCH, GATED, CHUNK = cfg.staged_token_bytes, cfg.gated, cfg.chunk
     act, pack = ACTIVATIONS[cfg.activation], callable_of(memory.pack(cfg.dtype))
     put_1, put_2, put_4 = (callable_of(matrix.stmatrix(count, trans=True)) for count in (1, 2, 4))
 
@@ -92,13 +89,15 @@ def _stage_rows(cfg: Any) -> Callable[..., Any]:
         """Two tokens of a row."""
         return pack(act(acc[i]), act(acc[i + 1]))
 
-    def tokens(first):
-        """32 tokens, fewer if the tile has fewer, of gated weights; 16 of others."""
-        SUM, COUNT = first // 2, min(TILE_T, 32)
+    STEP = min(CHUNK, 32 if GATED else 16)  # tokens that are turned at a time
+
+    def tokens(first, place):
+        """``STEP`` tokens."""
+        SUM, COUNT = first // 2, STEP
 
         @jit
         def gated(acc, at):
-            to = at + u32(first * PITCH)
+            to = at + u32(place * PITCH)
             if COUNT == 8:
                 put_1(to, product(acc, SUM))
             elif COUNT == 16:
@@ -108,7 +107,7 @@ def _stage_rows(cfg: Any) -> Callable[..., Any]:
 
         @jit
         def plain(acc, at):
-            to = at + u32(first * PITCH)
+            to = at + u32(place * PITCH)
             if COUNT == 8:
                 put_2(to, row(acc, SUM), row(acc, SUM + 2))
             else:
@@ -116,16 +115,18 @@ def _stage_rows(cfg: Any) -> Callable[..., Any]:
 
         return gated if GATED else plain
 
-    step = min(TILE_T, 32 if GATED else 16)
-    all_tokens = sequence([tokens(first) for first in range(0, TILE_T, step)])
+    def stage_of(first):
+        all_tokens = sequence([tokens(first + place, place) for place in range(0, CHUNK, STEP)])
 
-    @jit
-    def stage(acc, staging, thread):
-        warp, line, matrix_ = thread // 32, thread % 8, thread % 32 // 8
-        if GATED:  # matrix i of a warp: tokens 8i.., its eight neurons
-            at = (matrix_ * 8 + line) * PITCH + warp * 16
-        else:  # matrices of a warp: rows 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
-            at = (matrix_ // 2 * 8 + line) * PITCH + (warp * 2 + matrix_ % 2) * 16
-        all_tokens(acc, staging + u32(at))
+        @jit
+        def stage(acc, staging, thread, extra):
+            warp, line, matrix_ = thread // 32, thread % 8, thread % 32 // 8
+            if GATED:  # matrix i of a warp: tokens 8i.., its eight neurons
+                at = (matrix_ * 8 + line) * PITCH + warp * 16
+            else:  # matrices of a warp: rows 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
+                at = (matrix_ // 2 * 8 + line) * PITCH + (warp * 2 + matrix_ % 2) * 16
+            all_tokens(acc, staging + u32(at))
 
-    return stage
+        return stage
+
+    return stage_of

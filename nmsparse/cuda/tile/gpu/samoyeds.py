@@ -14,7 +14,7 @@ from ...layout import BLOCK
 from ...ptx import arithmetic, barrier, memory, wgmma
 from ...ptx.numba_glue import callable_of
 from . import consumer_words, place_words, producer_words, ring_words
-from .staging import begin_staging, finish_stores, make_send, read_thread
+from .staging import make_store, read_thread
 from .store import make_bias, partial_words, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -122,37 +122,47 @@ def turn_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """The epilogue: a thread holds both outputs of its sub-rows, which are neighbours in a token of Y."""
-    TILE_M, TILE_T, SUMS = cfg.tile_m, cfg.tile_t, cfg.run_sums
-    STAGING, STAGING_BYTES, HEIGHT, PITCH = cfg.staging_offset, cfg.staging_bytes, cfg.height, cfg.staged_token_bytes
-    pack, put = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32"))
-    send, bias_of = make_send(TILE_T, HEIGHT, PITCH), make_bias(cfg)
+    TILE_M, TILE_T, SUMS, HEIGHT, PITCH = cfg.tile_m, cfg.tile_t, cfg.run_sums, cfg.height, cfg.staged_token_bytes
+    EIGHTS = cfg.chunk // 8
+    pack, put, bias_of = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32")), make_bias(cfg)
 
-    def stage_tokens(number):
+    def stage_tokens(number, place):
         """Eight tokens, of which a thread holds two."""
         EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
 
         @jit
-        def part(acc, at, a, b, c, d):
+        def part(acc, at, bias):
             for column in range(2):
-                to = at + u32((8 * number + column) * PITCH)
-                put(to, pack(acc[EVEN + column] + a, acc[ODD + column] + b))
-                put(to + u32(32), pack(acc[EVEN + column + 2] + c, acc[ODD + column + 2] + d))
+                to = at + u32((8 * place + column) * PITCH)
+                put(to, pack(acc[EVEN + column] + bias[0], acc[ODD + column] + bias[1]))
+                put(to + u32(32), pack(acc[EVEN + column + 2] + bias[2], acc[ODD + column + 2] + bias[3]))
 
         return part
 
-    stage = sequence([stage_tokens(i) for i in range(TILE_T // 8)])
+    def stage_of(first):
+        all_tokens = sequence([stage_tokens(first // 8 + i, i) for i in range(EIGHTS)])
+
+        @jit
+        def stage(acc, staging, thread, bias):
+            sub = thread // 32 * 16 + thread % 32 // 4
+            all_tokens(acc, staging + u32(thread % 4 * 2 * PITCH + sub * 4), bias)
+
+        return stage
+
+    store_all = make_store(cfg, HEIGHT, stage_of)
 
     @jit
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
         thread = read_thread()
-        group = thread // 128
-        thread, lane = thread % 128, thread % 32
-        first, sub = row * TILE_M + (group - 1) * HEIGHT, thread // 32 * 16 + lane // 4
-        staging = ring + u32(STAGING + (group - 1) * STAGING_BYTES)
-        a, b = bias_of(bias_gmem, first + 2 * sub, rows), bias_of(bias_gmem, first + 2 * sub + 1, rows)
-        c, d = bias_of(bias_gmem, first + 2 * sub + 16, rows), bias_of(bias_gmem, first + 2 * sub + 17, rows)
-        begin_staging(group)
-        stage(acc, staging + u32(lane % 4 * 2 * PITCH + sub * 4), a, b, c, d)
-        send(staging, thread, group, y_gmem, first, rows, token * TILE_T, tokens, pitch)
+        group, thread = thread // 128, thread % 128
+        first = row * TILE_M + (group - 1) * HEIGHT
+        at = first + (thread // 32 * 16 + thread % 32 // 4) * 2
+        bias = (
+            bias_of(bias_gmem, at, rows),
+            bias_of(bias_gmem, at + 1, rows),
+            bias_of(bias_gmem, at + 16, rows),
+            bias_of(bias_gmem, at + 17, rows),
+        )
+        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, token * TILE_T, tokens, pitch)
 
-    return {"store": store, "finish_stores": finish_stores}
+    return {"store": store}

@@ -14,13 +14,15 @@
     ``start[e] = counter[e]; counter[e] += counts[e]``, at once for each e; 0 in the only CTA.
 ``meet(counter_gmem)``
     Warp 0 waits until all CTAs are here, if there are several: these have to run at the same time.
-``plan(plan_gmem, counter_gmem, tile_t)``
+``plan(plan_gmem, counter_gmem, order_gmem, tile_t)``
     Warp 0 makes ``start[e] += sum(total[:e])``, where ``total`` are the counters, or ``counts`` of the only CTA. In the
     first CTA also ``plan[e] = sum(total[:e+1])`` and ``plan[E+e] = sum(⌈total[:e+1] / tile_t⌉)``.
+    With ``cfg.kept`` sums are in the order ``order``, ``plan[2i+2], plan[2i+3]`` are those up to its place i, after two
+    zeros, and the ``start`` of experts from place ``kept`` on is far below 0.
 ``plan_of_ends(ends_gmem, plan_gmem, tile_t)``
     ``plan[e] = ends[e]`` and ``plan[E+e] = sum(⌈(ends[i] - ends[i-1]) / tile_t⌉ for i <= e)``, by a single warp.
 ``position(expert, rank)``
-    ``start[expert] + rank``, -1 where the expert is.
+    ``start[expert] + rank``, -1 where the expert is, or is dropped.
 ``leave(counter_gmem)``
     The last CTA to say so makes the counters zero.
 ``barrier()``
@@ -46,6 +48,8 @@ from ...ptx.numba_glue import address_of, callable_of, registers
 __all__ = ["Words", "count_words", "ends_words", "given_words", "jit", "lane", "slot_words"]
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
+
+FAR_BELOW = -(1 << 30)  # a position that stays below 0 whatever rank is added
 
 Words = dict[str, Callable[..., Any]]
 jit = cuda.jit(device=True, forceinline=True)
@@ -133,7 +137,7 @@ def ends_words(cfg: Any) -> Words:
 def slot_words(cfg: Any) -> Words:
     """What threads do with slots."""
     THREADS, WARPS, CHUNK, TOP_K, COPIES = cfg.threads, cfg.threads // 32, cfg.chunk, cfg.top_k, cfg.copies
-    STARTS = 4 * cfg.experts
+    STARTS, DROPS = 4 * cfg.experts, cfg.kept is not None
     get, put = callable_of(memory.load("global", "u32")), callable_of(memory.store("global", "u32"))
     put_float, get_shared = callable_of(memory.store("global", "f32")), callable_of(memory.load("shared", "s32"))
     block_barrier, to_shared = callable_of(barrier.block_barrier), callable_of(memory.cvta_shared)
@@ -184,6 +188,8 @@ def slot_words(cfg: Any) -> Words:
         if expert >= 0:
             shared = to_shared(address_of(cuda.shared.array(0, types.int32)))
             at = i32(get_shared(u32(shared + STARTS + 4 * expert)) + rank)
+            if DROPS:
+                at = i32(max(at, i32(-1)))
         return at
 
     @jit
@@ -232,6 +238,9 @@ def count_words(cfg: Any) -> Words:
     THREADS, EXPERTS, NUMBERS = cfg.threads, cfg.experts, cfg.numbers
     PASSES = -(-EXPERTS // THREADS)
     STARTS, ARRIVED, LEFT = 4 * EXPERTS, 4 * EXPERTS, 4 * EXPERTS + 4
+    ORDERED, KEPT = cfg.kept is not None, EXPERTS if cfg.kept is None else cfg.kept
+    # Where the ends of the positions and of the tiles of the first expert are in the plan, and how far the next ones.
+    ENDS, TILES, APART = (8, 12, 8) if ORDERED else (0, 4 * EXPERTS, 4)
     get_shared, put_shared = callable_of(memory.load("shared", "s32")), callable_of(memory.store("shared", "s32"))
     get, put = callable_of(memory.load("global", "s32", hint="cg")), callable_of(memory.store("global", "s32"))
     add, add_shared = callable_of(memory.add_global_s32), callable_of(memory.add_shared_s32)
@@ -280,15 +289,19 @@ def count_words(cfg: Any) -> Words:
             warp_barrier()
 
     @jit
-    def plan(plan_gmem, counter_gmem, tile_t):
+    def expert_at(order_gmem, place):
+        return get(order_gmem + u64(place) * u64(4)) if ORDERED else place
+
+    @jit
+    def plan(plan_gmem, counter_gmem, order_gmem, tile_t):
         if cuda.threadIdx.x < 32:
             totals = counts_of()
             end, tiles = i32(0), i32(0)
             for i in range(NUMBERS):
-                expert = NUMBERS * lane() + i
+                place = NUMBERS * lane() + i
                 totals[i] = 0
-                if expert < EXPERTS:
-                    several = cuda.gridDim.x > 1
+                if place < KEPT:
+                    several, expert = cuda.gridDim.x > 1, expert_at(order_gmem, place)
                     totals[i] = (
                         get(counter_gmem + u64(4 * expert)) if several else get_shared(u32(counts() + 4 * expert))
                     )
@@ -296,15 +309,20 @@ def count_words(cfg: Any) -> Words:
                 tiles += i32(divide(u32(totals[i] + tile_t - 1), u32(tile_t)))
             end, tiles = i32(sum_up_to(i32(end)) - end), i32(sum_up_to(i32(tiles)) - tiles)
             for i in range(NUMBERS):
-                expert = NUMBERS * lane() + i
-                if expert < EXPERTS:
-                    start = u32(counts() + STARTS + 4 * expert)
+                place = NUMBERS * lane() + i
+                if place < KEPT:
+                    start = u32(counts() + STARTS + 4 * expert_at(order_gmem, place))
                     put_shared(start, i32(get_shared(start) + end))
                     end += totals[i]
                     tiles += i32(divide(u32(totals[i] + tile_t - 1), u32(tile_t)))
                     if cuda.blockIdx.x == 0:
-                        put(plan_gmem + u64(4 * expert), i32(end))
-                        put(plan_gmem + u64(4 * (EXPERTS + expert)), i32(tiles))
+                        put(plan_gmem + u64(ENDS + APART * place), i32(end))
+                        put(plan_gmem + u64(TILES + APART * place), i32(tiles))
+            if ORDERED:
+                for place in range(KEPT + lane(), EXPERTS, 32):
+                    put_shared(u32(counts() + STARTS + 4 * expert_at(order_gmem, place)), FAR_BELOW)
+                if cuda.blockIdx.x == 0 and lane() < 2:
+                    put(plan_gmem + u64(4 * lane()), 0)
 
     @jit
     def leave(counter_gmem):

@@ -1,32 +1,29 @@
-"""From staging buffers in shared memory to Y on Numba CUDA: the copy engine stores while the next tile is multiplied.
+"""From registers to Y by a buffer in shared memory, on Numba CUDA: so that whole lines are written.
 
-A staged token has 16 bytes of padding, so that the tokens of a warp fall on different banks.
+A staged token has 16 bytes of padding, so that the tokens of a warp fall on different banks. Threads store: the copy
+engine would take a row at a time, for each of which a warp needs some twenty instructions (benchmarks/LOG.md).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
-from ...ptx import barrier, copy, memory
+from ...ptx import barrier, memory
 from ...ptx.numba_glue import callable_of
-from .store import write_line
+from .store import sequence, write_line
 
-__all__ = ["begin_staging", "finish_stores", "make_send", "read_thread"]
+__all__ = ["make_store", "read_thread"]
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
 
 jit = cuda.jit(device=True, forceinline=True)
 
-_sync, _wait_read = callable_of(barrier.named_barrier(128)), callable_of(copy.bulk_wait_read)
-_fence, _send, _commit = (
-    callable_of(memory.fence_proxy_async),
-    callable_of(copy.bulk_store),
-    callable_of(copy.bulk_commit),
-)
-_read = callable_of(memory.load("shared", "u32", 4))
+_sync = callable_of(barrier.named_barrier(128))
+_read, _write = callable_of(memory.load("shared", "u32", 4)), callable_of(memory.store("global", "u32", 4))
 _read_thread = callable_of(memory.read_again("tid.x"))
 
 
@@ -36,41 +33,66 @@ def read_thread():
     return i32(_read_thread())
 
 
-@jit
-def finish_stores():
-    _wait_read()
+def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., None]]) -> Callable[..., None]:
+    """``y[token + t, first + m]`` of a warpgroup, ``outputs`` of each token, only before ``end`` and ``rows``.
 
-
-@jit
-def begin_staging(group):
-    """Until what the warpgroup staged before has left the buffer."""
-    _wait_read()
-    _sync(u32(group))
-
-
-def make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., None]:
-    """``y[token + t, first + m] = staged[t, m]`` for ``t < tokens`` and ``m < outputs``, before ``end`` and ``rows``.
-
-    By whole rows where they lie at multiples of 16 bytes, else by elements.
+    ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into the
+    buffer at ``at``.
     """
-    PIECES = outputs // 8
+    STAGING, STAGING_BYTES, PITCH = cfg.staging_offset, cfg.staging_bytes, cfg.staged_token_bytes
+    send = _make_send(cfg.tile_t, outputs, PITCH)
+
+    def stage_chunk(t):
+        stage = stage_of(t)
+
+        @jit
+        def part(acc, staging, thread, extra, left):
+            if t < left:
+                stage(acc, staging + u32(t * PITCH), thread, extra)
+
+        return part
+
+    stage_all = sequence([stage_chunk(t) for t in range(0, cfg.tile_t, cfg.chunk)])
 
     @jit
-    def send(staging, thread, group, y_gmem, first, rows, token, end, pitch):
-        _fence()
+    def store(acc, ring, thread, group, extra, y_gmem, first, rows, token, end, pitch):
+        staging = ring + u32(STAGING + (group - 1) * STAGING_BYTES)
+        _sync(u32(group))  # the buffer has been read
+        stage_all(acc, staging, thread, extra, end - token)
         _sync(u32(group))
-        if first < rows:
+        send(staging, thread, y_gmem, first, rows, token, end, pitch)
+
+    return store
+
+
+def _make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., None]:
+    """``y[token + t, first + m] = staged[t, m]``: 16 bytes a thread where they lie at multiples of 16, else less."""
+    PIECES = outputs // 8  # of a token
+    LINES = 128 // PIECES  # tokens at a time
+
+    def send_lines(i):
+        @jit
+        def part(at, to, left, pitch):
+            if i < left:
+                a, b, c, d = _read(at + u32(i * pitch_bytes))
+                _write(to + u64(i) * u64(pitch * 2), a, b, c, d)
+
+        return part
+
+    send_all = sequence([send_lines(i) for i in range(0, tokens, LINES)])
+
+    @jit
+    def send(staging, thread, y_gmem, first, rows, token, end, pitch):
+        line, m = thread // PIECES, first + thread % PIECES * 8
+        left = min(end - token, tokens) - line
+        if m < rows:
+            at = staging + u32(line * pitch_bytes + thread % PIECES * 16)
+            to = y_gmem + (u64(token + line) * u64(pitch) + u64(m)) * u64(2)
             if (rows | pitch) % 8 == 0 and y_gmem % u64(16) == 0:
-                size = u32(min(outputs, rows - first) * 2)
-                for t in range(thread, min(tokens, end - token), 128):
-                    to = y_gmem + (u64(token + t) * u64(pitch) + u64(first)) * u64(2)
-                    _send(to, staging + u32(t * pitch_bytes), size)
-                _commit()
+                send_all(at, to, left, pitch)
             else:
-                for piece in range(thread, tokens * PIECES, 128):
-                    t, m = token + piece // PIECES, first + piece % PIECES * 8
-                    if t < end and m < rows:
-                        a, b, c, d = _read(staging + u32(piece // PIECES * pitch_bytes + piece % PIECES * 16))
-                        write_line(y_gmem + (u64(t) * u64(pitch) + u64(m)) * u64(2), a, b, c, d, m, rows)
+                for i in range(0, left, LINES):
+                    a, b, c, d = _read(at + u32(i * pitch_bytes))
+                    write_line(to + u64(i) * u64(pitch * 2), a, b, c, d, m, rows)
 
     return send
