@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import json
 import os
 import platform
@@ -15,12 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
+from ..errors import NMSparseError
 from .gpu import device_facts
 from .timing import processor
 
 SUITES = ("import", "pack", "cpu")
-GPU_SUITES = ("gemm", "moe")
-LONG_SUITES = ("accuracy",)  # tens of minutes
+GPU_SUITES = ("gemm", "moe", "layer", "recovery")
+LONG_SUITES = ("accuracy", "experts")  # tens of minutes
+MODULES = {"import": "importing", "pack": "packing", "cpu": "matmul"}  # of the suites that are not called like theirs
+PLOTS = {"gemm": ".plot", "moe": ".moe.plot", "recovery": ".recovery.plot", "accuracy": ".accuracy_plot"}
 PATTERNS = ("2:4", "vnm:64:2:8", "samoyeds:1:2:128")
 
 
@@ -32,27 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what to measure; all: what is short and needs no GPU",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, the machine and the command")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures of a GPU suite (PNG or SVG)")
-    from . import moe
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (PNG or SVG)")
+    from . import moe, recovery
 
     moe.add_arguments(parser)
+    recovery.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the suites; exit code 1 if a bar is missed."""
+    if args.plot and args.suite not in PLOTS:
+        raise NMSparseError(f"bench {args.suite}: nothing to draw; --plot is for {', '.join(PLOTS)}")
     results = {name: suite(name, args)() for name in (SUITES if args.suite == "all" else [args.suite])}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
         print(f"wrote {args.json}")
     if args.plot:
-        if args.suite == "moe":
-            from .moe.plot import draw
-        elif args.suite == "accuracy":
-            from .accuracy_plot import draw
-        else:
-            from .plot import draw
-        draw(next(iter(results.values())), args.plot)
+        importlib.import_module(PLOTS[args.suite], __name__).draw(results[args.suite], args.plot)
         print(f"wrote {args.plot}")
     missed = [row for rows in results.values() for row in rows if row.get("holds") is False]
     for row in missed:
@@ -62,10 +64,10 @@ def main(args: argparse.Namespace) -> int:
 
 def suite(name: str, args: argparse.Namespace) -> Callable[[], list[dict]]:
     """The function that runs one suite and returns its rows."""
-    from . import accuracy, gemm, importing, matmul, moe, packing
-
-    runs = {"import": importing.run, "pack": packing.run, "cpu": matmul.run, "accuracy": accuracy.run}
-    return {**runs, "gemm": lambda: gemm.run(args.quick), "moe": lambda: moe.run(args)}[name]
+    module = importlib.import_module(f".{MODULES.get(name, name)}", __name__)
+    if name == "gemm":
+        return functools.partial(module.run, args.quick)
+    return functools.partial(module.run, args) if name in GPU_SUITES else module.run
 
 
 def machine() -> dict[str, object]:

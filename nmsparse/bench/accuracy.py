@@ -13,10 +13,11 @@ from time import perf_counter
 import numpy as np
 
 from ..calibration import MixtralWalk, prune_layers, try_patterns
-from ..calibration.choices import allocate_patterns, dealt, strongest
+from ..calibration.channels import channel_order, load_mixtral
+from ..calibration.choices import allocate_patterns, ordered, strongest
 from ..calibration.evaluate import evaluate, with_layers
 from ..calibration.pipeline import Neurons
-from ..demo import MODEL, load_model, read_windows
+from ..demo import MODEL, read_windows
 from ..demo.mixtral import Mixtral
 from ..prune import METHODS
 
@@ -54,7 +55,7 @@ class Study:
     """The model, its texts, and what it takes to fill one row of a table."""
 
     def __init__(self) -> None:
-        self.checkpoint = load_model(MODEL)
+        self.checkpoint = load_mixtral(MODEL)
         self.heldout = read_windows(MODEL / "heldout.txt", None)
         self.calibration = read_windows(MODEL / "calibration.txt", None)
         self.dense: dict[int, float] = {}
@@ -81,14 +82,23 @@ class Study:
         seed: int = 0,
         windows: np.ndarray | None = None,
         neurons: Neurons | None = None,
+        channels: bool = False,
+        choices: tuple[str, ...] = CHOICES,
     ) -> Row:
-        """Prune by ``windows`` (None: every ``text``-th of the calibration text), evaluate on every ``sample``-th."""
+        """Prune by ``windows`` (None: every ``text``-th of the calibration text), evaluate on every ``sample``-th.
+
+        ``neurons`` as in ``prune_layers``; ``channels`` says to put the hidden dimension in order before,
+        ``choices`` are the patterns of an allocation.
+        """
         windows = self.calibration[::text] if windows is None else windows
         start = perf_counter()
-        chosen = self.allocation(windows, method) if pattern == "allocation" else pattern
-        layers = prune_layers(MixtralWalk(self.checkpoint, windows), chosen, method, neurons=neurons)
+        model = self.checkpoint
+        if channels:
+            model = load_mixtral(MODEL, channel_order(MixtralWalk(model, windows), pattern, method))
+        chosen = self.allocation(windows, method, choices) if pattern == "allocation" else pattern
+        layers = prune_layers(MixtralWalk(model, windows), chosen, method, neurons=neurons)
         seconds = perf_counter() - start
-        bits = evaluate(with_layers(self.checkpoint, layers), self.heldout[::sample])
+        bits = evaluate(with_layers(model, layers), self.heldout[::sample])
         nbytes = sum(report.nbytes for layer in layers for report in layer.reports)
         row = Row(table, name or pattern, method, nbytes, bits, bits - self.dense_bits(sample), seconds, seed)
         print(
@@ -97,11 +107,11 @@ class Study:
         )
         return row
 
-    def allocation(self, windows: np.ndarray, method: str) -> list[list[str]]:
+    def allocation(self, windows: np.ndarray, method: str, choices: tuple[str, ...]) -> list[list[str]]:
         """A pattern for each expert of each layer, with the least loss under the bytes of uniform Samoyeds."""
-        tried = try_patterns(MixtralWalk(self.checkpoint, windows), CHOICES, method)
-        budget = sum(report.nbytes for layer in tried[CHOICES.index(UNIFORM)] for report in layer)
-        return allocate_patterns(tried, CHOICES, budget)
+        tried = try_patterns(MixtralWalk(self.checkpoint, windows), choices, method)
+        budget = sum(report.nbytes for layer in tried[choices.index(UNIFORM)] for report in layer)
+        return allocate_patterns(tried, choices, budget)
 
 
 def plan(study: Study) -> Iterator[dict]:
@@ -111,16 +121,17 @@ def plan(study: Study) -> Iterator[dict]:
     for pattern in PATTERNS:
         for method in METHODS:
             yield {"table": "methods", "pattern": pattern, "method": method}
-    half = {"neurons": strongest(0.5), "name": "2:4, half the neurons"}
-    yield {"table": "methods", "pattern": "2:4", "method": "admm", **half}
     for pattern in PATTERNS:
-        yield {
-            "table": "methods",
-            "pattern": pattern,
-            "method": "admm",
-            "name": f"{pattern}, reordered",
-            "neurons": dealt,
-        }
+        for method in ("magnitude", "wanda", "sparsegpt", "admm"):
+            moved = {"table": "orders", "pattern": pattern, "method": method, "neurons": ordered(pattern, method)}
+            if pattern == "2:4":
+                yield {**moved, "name": "2:4, neurons"}
+            yield {**moved, "name": f"{pattern}, neurons and channels", "channels": True}
+    for share in (1 / 2, 2 / 3):
+        fewer = {"table": "neurons", "pattern": "2:4", "method": "admm", "name": f"2:4, {share:.0%} of the neurons"}
+        yield {**fewer, "neurons": strongest(share)}
+        fewer["name"] += ", in order"
+        yield {**fewer, "neurons": ordered("2:4", "admm", share), "channels": True}
     for v in HEIGHTS:
         for pattern in (f"vnm:{v}:2:8", f"samoyeds:1:2:{v}"):
             for method in ("magnitude", "admm"):

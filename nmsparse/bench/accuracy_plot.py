@@ -18,7 +18,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    points = [row for row in rows if row.get("table") in ("methods", "heights", "bars") and row["method"] in _SHOWN]
+    points = [
+        row for row in rows if row.get("table") in ("methods", "neurons", "heights", "bars") and row["method"] in _SHOWN
+    ]
     for row in points:
         marker = _MARKERS.get(row["pattern"].split(":")[0], "D")
         axes.scatter(row["nbytes"] / 1e6, row["loss"], 45, _SHOWN[row["method"]], marker=marker, alpha=0.8)

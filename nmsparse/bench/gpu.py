@@ -27,6 +27,7 @@ __all__ = [
     "random_samoyeds",
     "seconds_of",
     "semi_structured",
+    "waits_for_gpu",
 ]
 
 COLD_BYTES = 200 << 20  # operands are rotated through so many bytes, three times an H200's L2
@@ -99,6 +100,22 @@ def captured(runs: Sequence[Callable[[], Any]]) -> tuple[Timed, list[Any]]:
     with torch.cuda.graph(graph, stream=side):
         results = [run() for run in runs]
     return Timed(graph.replay, len(runs), runs), results
+
+
+def waits_for_gpu(run: Callable[[], Any]) -> bool:
+    """Whether torch sees a call wait for the GPU."""
+    torch = require("torch", "torch")
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 @functools.cache

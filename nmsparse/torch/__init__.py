@@ -15,6 +15,7 @@ require("torch", "torch")
 from . import train  # noqa: E402
 from .arrays import forget  # noqa: E402
 from .buffers import as_array, as_tensor  # noqa: E402
+from .compact import compact_  # noqa: E402
 from .functional import experts, grouped_linear, linear  # noqa: E402
 from .modules import SparseExperts, SparseLinear  # noqa: E402
 from .surgery import densify_, sparsify_  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "SparseWeight",
     "as_array",
     "as_tensor",
+    "compact_",
     "densify_",
     "experts",
     "forget",

@@ -23,8 +23,9 @@ from ..formats import CLASSES, SparseArray, parse
 from ..formats.nm import is_24
 from ..moe import SparseExperts
 from .buffers import as_array
+from .decode import check_canonical
 
-__all__ = ["Buffers", "array_of", "experts_of", "forget"]
+__all__ = ["Buffers", "array_of", "experts_of", "forget", "remember"]
 
 Buffers = tuple[Tensor, Tensor, "Tensor | None", str, Sequence[int]]  # values, meta, indices, pattern, shape
 
@@ -32,7 +33,7 @@ Buffers = tuple[Tensor, Tensor, "Tensor | None", str, Sequence[int]]  # values, 
 class _Entry(NamedTuple):
     state: tuple[Any, ...]  # what must not have changed
     storage: StorageWeakRef
-    array: SparseArray
+    array: SparseArray  # of compact weights the kernels' projection
     experts: dict[str, SparseExperts]  # by activation, if the array is a gate and up projection
 
 
@@ -64,21 +65,29 @@ def experts_of(gate_up: Buffers, down: Buffers, activation: str) -> SparseExpert
     return experts
 
 
+def remember(buffers: Buffers, array: Any, experts: dict[str, SparseExperts]) -> None:
+    """From now on ``buffers`` stand for ``array``, the first or second weight of ``experts``: for compact weights."""
+    values, meta, indices, pattern, shape = buffers
+    entry = _Entry(_state_of(values, meta, indices, pattern, shape), _storage(values), array, experts)
+    _entries[values.data_ptr(), meta.data_ptr()] = entry
+
+
 def forget() -> None:
-    """Drop every remembered array, and what kernels derived from it."""
-    _entries.clear()
+    """Drop every remembered array, and what kernels derived from it; compact weights stay."""
+    for place in [place for place, entry in _entries.items() if isinstance(entry.array, SparseArray)]:
+        _entries.pop(place, None)
 
 
 def _entry(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> _Entry:
     if values.is_inference() or meta.is_inference():  # torch counts no versions of these
-        return _Entry((), StorageWeakRef(values.untyped_storage()), _build(values, meta, indices, pattern, shape), {})
+        return _Entry((), _storage(values), _build(values, meta, indices, pattern, shape), {})
     key = values.data_ptr(), meta.data_ptr()
-    state = (pattern, *shape, _state(values), _state(meta), None if indices is None else _state(indices))
+    state = _state_of(values, meta, indices, pattern, shape)
     entry = _entries.get(key)
     if entry is not None and entry.state == state and not entry.storage.expired():
         return entry
     array = _build(values, meta, indices, pattern, shape)
-    entry = _Entry(state, StorageWeakRef(values.untyped_storage()), array, {})
+    entry = _Entry(state, _storage(values), array, {})
     for place, old in list(_entries.items()):
         if old.storage.expired():
             _entries.pop(place, None)
@@ -87,11 +96,20 @@ def _entry(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, s
     return entry
 
 
+def _storage(values: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(values.untyped_storage())
+
+
+def _state_of(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> tuple:
+    return pattern, *shape, _state(values), _state(meta), None if indices is None else _state(indices)
+
+
 def _state(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _build(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> SparseArray:
+    check_canonical(values, meta)
     kind, buffers = parse(pattern), {"values": values, "meta": meta, "indices": indices}
     for name, buffer in buffers.items():
         if buffer is not None and not buffer.is_contiguous():

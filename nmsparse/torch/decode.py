@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import NMSparseError
 from ..formats import CLASSES, Pattern, parse
 from ..formats.nm import is_24
 
-__all__ = ["gather", "padded", "scatter"]
+__all__ = ["check_canonical", "gather", "padded", "scatter"]
 
 
 def scatter(
@@ -30,6 +31,7 @@ def scatter(
     ...             as_tensor(A.todense()))
     True
     """
+    check_canonical(values, meta)
     pattern, lead = parse(pattern), tuple(shape[:-2])
     height, width = padded(pattern, shape)
     places = _places(meta, indices, pattern, width)
@@ -45,6 +47,14 @@ def gather(dense: Tensor, meta: Tensor, indices: Tensor | None, pattern: str | P
     dense = torch.nn.functional.pad(dense, (0, width - dense.shape[-1], 0, height - dense.shape[-2]))
     places = _places(meta, indices, pattern, width)
     return dense.flatten(-2).gather(-1, places.flatten(-2)).view(places.shape)
+
+
+def check_canonical(values: Tensor, meta: Tensor) -> None:
+    """Raise for the buffers of weights that ``compact_`` has reduced to what the kernels of one GPU read."""
+    if values.numel() and not meta.numel():
+        raise NMSparseError(
+            "compact weights run on their GPU and nowhere else: train, save, copy, move and decode before compact_"
+        )
 
 
 def padded(pattern: Pattern, shape: Sequence[int]) -> tuple[int, int]:

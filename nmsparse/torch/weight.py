@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..formats import CLASSES, Pattern, SparseArray, parse
 from .buffers import from_torch, to_torch
-from .decode import scatter
+from .decode import check_canonical, scatter
 
 __all__ = ["SparseWeight"]
 
@@ -86,6 +86,11 @@ class SparseWeight(nn.Module):
         """Bytes of all buffers."""
         return sum(t.nbytes for t in (self.values, self.meta, self.indices) if t is not None)
 
+    @property
+    def is_compact(self) -> bool:
+        """Whether only the packed form is left: see :func:`nmsparse.torch.compact_`."""
+        return self.values.numel() > 0 and not self.meta.numel()
+
     def array(self) -> SparseArray:
         """The :class:`~nmsparse.formats.SparseArray` on the same memory; every position is checked."""
         return from_torch({name: t.detach() for name, t in self.state_dict().items()}, self.pattern, tuple(self.shape))
@@ -94,7 +99,12 @@ class SparseWeight(nn.Module):
         """The dense weight; differentiable in ``values``."""
         return scatter(*self())
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        check_canonical(self.values, self.meta)
+        super()._save_to_state_dict(*arguments)
+
     def __getstate__(self) -> dict[str, Any]:
+        check_canonical(self.values, self.meta)
         # Plain pickle cannot read a uint16 tensor back (torch 2.13), an int16 one it can.
         return {**self.__dict__, "_buffers": _viewed(self._buffers, torch.uint16, torch.int16)}
 

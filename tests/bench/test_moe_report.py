@@ -30,7 +30,7 @@ def on_the_host(monkeypatch):
 
     monkeypatch.setattr(measure, "captured", captured)
     monkeypatch.setattr(measure, "seconds_of", lambda timed, **options: {name: len(name) for name in timed})
-    monkeypatch.setattr(measure, "_waits", lambda run: False)
+    monkeypatch.setattr(measure, "waits_for_gpu", lambda run: False)
 
 
 @pytest.mark.filterwarnings("ignore")  # what transformers says when it is imported is not ours
@@ -79,7 +79,7 @@ def test_wrong_results_are_seen(on_the_host):
 
 
 def test_what_waits_is_timed_without_a_graph(on_the_host, monkeypatch):
-    monkeypatch.setattr(measure, "_waits", lambda run: True)
+    monkeypatch.setattr(measure, "waits_for_gpu", lambda run: True)
     with torch.inference_mode():
         made, _ = measure.contenders(SMALL, ("2:4",), device="cpu")
         row = measure.measure(Case(SMALL, 3, "uniform"), {"2:4": made["2:4"]}, device="cpu")

@@ -28,7 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], metavar="NAME", help="default: all")
     group.add_argument("--tokens", nargs="+", type=_count, metavar="T", help=f"default: {' '.join(map(str, TOKENS))}")
     group.add_argument(
-        "--patterns", nargs="+", default=PATTERNS, metavar="PATTERN", help=f"default: {' '.join(PATTERNS)}"
+        "--patterns",
+        nargs="+",
+        default=PATTERNS,
+        metavar="PATTERN",
+        help=f"layer too; default: {' '.join(PATTERNS)}",
     )
     group.add_argument("--routings", nargs="+", choices=ROUTINGS, metavar="ROUTING", help=f"of {' '.join(ROUTINGS)}")
     group.add_argument(

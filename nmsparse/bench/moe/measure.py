@@ -12,7 +12,7 @@ from ...errors import require
 from ...formats.pattern import parse
 from ...moe import SparseExperts
 from ...ops import array
-from ..gpu import Failures, Timed, attempt, captured, seconds_of, waits
+from ..gpu import Failures, Timed, attempt, captured, seconds_of, waits_for_gpu
 from . import peers
 from .cases import Case, Model, route, take_turns
 from .weights import exact, random_weight, relative_error
@@ -122,7 +122,7 @@ def measure(case: Case, contenders: dict[str, Contender], device: str = "cuda") 
             raise ValueError(f"relative error {error:.2g} against float64; what is wrong is not timed")
         runs = [functools.partial(contender.call, x, *given) for given in inputs]
         ours = contender.family == "ours"
-        waits = name in row["waits"] or (ours and waits(runs[0]))
+        waits = name in row["waits"] or (ours and waits_for_gpu(runs[0]))
         if ours:
             row["checks"][name] = {"repeatable": first.equal(runs[0]()), "never waits": not waits}
         if waits:

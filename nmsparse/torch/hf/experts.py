@@ -12,7 +12,7 @@ from .. import functional
 from ..layout import alternate, sparse_weights
 from ..weight import SparseWeight
 
-__all__ = ["experts_forward"]
+__all__ = ["experts_forward", "fused_activation"]
 
 logger = logging.get_logger(__name__)
 
@@ -42,7 +42,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
     if getattr(self, "_is_expert_parallel", False):
         raise NMSparseError("experts_implementation='nmsparse' has no expert parallelism: load without a tp_plan")
-    activation = _fused_activation(self)
+    activation = fused_activation(self)
     if activation is not None:
         return functional.experts(hidden_states, top_k_index, top_k_weights, *weights, activation).to(
             hidden_states.dtype
@@ -53,7 +53,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 ALL_EXPERTS_FUNCTIONS.register("nmsparse", experts_forward)
 
 
-def _fused_activation(module: nn.Module) -> str | None:
+def fused_activation(module: nn.Module) -> str | None:
     """The activation, if act(gate) * up is all that stands between the two projections."""
     own_gate = module.has_gate and not type(module)._apply_gate.__module__.startswith("transformers.integrations")
     if own_gate or module.has_bias or getattr(module, "has_post_expert_norm", False):
