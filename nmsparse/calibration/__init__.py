@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from .pipeline import ExpertReport, PrunedLayer, prune_layers, try_patterns
 from .record import Batch, LayerRecord
-from .walk import MixtralWalk, Walk
+from .walk import MixtralWalk, Walk, survey
 
 __all__ = [
     "Batch",
@@ -19,5 +19,6 @@ __all__ = [
     "PrunedLayer",
     "Walk",
     "prune_layers",
+    "survey",
     "try_patterns",
 ]

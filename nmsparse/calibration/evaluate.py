@@ -9,7 +9,7 @@ import numpy as np
 
 from ..demo.mixtral import Mixtral, bits_per_byte
 from ..moe import MoELayer, SparseExperts
-from .pipeline import PrunedLayer, masked
+from .pipeline import PrunedLayer, dense_stack
 
 BATCH = 8  # windows run together, as the demo does
 
@@ -31,6 +31,6 @@ def with_layers(model: Mixtral, layers: Sequence[PrunedLayer]) -> Mixtral:
     """``model`` with the experts of pruned layers, as dense weights: experts of a layer may differ in pattern."""
     blocks = []
     for block, layer in zip(model.blocks, layers, strict=True):
-        experts = SparseExperts(*(np.stack([masked(w) for w in side]) for side in (layer.gate_up, layer.down)))
+        experts = SparseExperts(*map(dense_stack, (layer.gate_up, layer.down)))
         blocks.append(replace(block, moe=MoELayer(block.moe.router_weight, experts, block.moe.router)))
     return Mixtral(model.config, model.embedding, blocks, model.norm, model.head)

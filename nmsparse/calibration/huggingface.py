@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import NMSparseError, require
 from ..moe import SparseExperts
+from .channels import hidden_axis
 from .record import Batch, LayerRecord
 
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -52,21 +53,29 @@ class ModelWalk:
 
     def batches(self, layer: int) -> Iterator[Batch]:
         torch = require("torch", "torch")
+        module, norm = self.modules[layer], norm_before(self.model, self.modules[layer])
         for ids in self.inputs:
             seen: list[Batch] = []
+            stream: list[Any] = []
 
-            def take(module: Any, arguments: tuple, seen: list[Batch] = seen) -> None:
-                seen.append(_batch(*arguments))
+            def take(module: Any, arguments: tuple, seen: list[Batch] = seen, stream: list[Any] = stream) -> None:
+                seen.append(_batch(*arguments, *stream))
                 raise _Enough
 
-            handle = self.modules[layer].register_forward_pre_hook(take)
+            def keep(norm: Any, arguments: tuple, stream: list[Any] = stream) -> None:
+                stream[:] = arguments[:1]
+
+            handles = [module.register_forward_pre_hook(take)]
+            if norm is not None:
+                handles.append(norm.register_forward_pre_hook(keep))
             try:
                 with torch.no_grad():
                     self.model(ids)
             except _Enough:
                 pass
             finally:
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
             yield from seen
 
     def replace(self, layer: int, gate_up: np.ndarray, down: np.ndarray) -> None:
@@ -97,6 +106,20 @@ def load_walk(source: str | PathLike[str], text: str | PathLike[str], windows: i
     return ModelWalk(model, pieces.split(_WINDOWS_AT_ONCE))
 
 
+def reorder_model(model: Any, order: np.ndarray) -> None:
+    """Put the hidden dimension of ``model`` in ``order`` ``(H,)``, in place: its outputs stay, to rounding.
+
+    See :mod:`nmsparse.calibration.channels`, whose errors it raises before anything is changed.
+    """
+    torch = require("torch", "torch")
+    axes = [(parameter, hidden_axis(name)) for name, parameter in model.named_parameters()]
+    with torch.no_grad():
+        for parameter, axis in axes:
+            if axis is not None:
+                index = torch.from_numpy(order).to(parameter.device)
+                parameter.copy_(parameter.index_select(axis, index))
+
+
 def expert_modules(model: Any) -> list[Any]:
     """The modules of ``model`` that hold the experts of a layer, first layer first."""
     found = [
@@ -112,6 +135,13 @@ def expert_modules(model: Any) -> list[Any]:
     return found
 
 
+def norm_before(model: Any, experts: Any) -> Any:
+    """The norm between the residual stream and these experts, where the decoder layer names it as Llama's do."""
+    name = next(name for name, module in model.named_modules() if module is experts)
+    layer = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])
+    return getattr(layer, "post_attention_layernorm", None)
+
+
 def activation_of(model: Any) -> str:
     """Our name of the activation that a model's config names."""
     name = getattr(model.config, "hidden_act", "silu")
@@ -124,7 +154,8 @@ def observe(model: Any, batches: Iterable[Any], *, hessians: bool = False) -> li
     """One forward and one backward pass over each batch of token ids ``(B, T)``: the record of every layer.
 
     The loss is the model's own for predicting the next token, summed over batches. Fills what
-    :class:`~nmsparse.calibration.record.LayerRecord` lists, gradients included. ``hessians`` are asked for with care:
+    :class:`~nmsparse.calibration.record.LayerRecord` lists, gradients included, but for ``turns`` and ``stream``, which
+    a walk fills. ``hessians`` are asked for with care:
     those of all layers are in memory together.
     """
     walk = ModelWalk(model, ())
@@ -178,8 +209,8 @@ def _observed(module: Any, record: LayerRecord) -> Iterator[None]:
         module.forward = forward
 
 
-def _batch(x: Any, ids: Any, weights: Any) -> Batch:
-    return Batch(*(_array(t).reshape(-1, t.shape[-1]) for t in (x, ids, weights)))
+def _batch(*tensors: Any) -> Batch:
+    return Batch(*(_array(t).reshape(-1, t.shape[-1]) for t in tensors))
 
 
 def _weight(tensor: Any) -> np.ndarray:

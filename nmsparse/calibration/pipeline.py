@@ -9,13 +9,14 @@ import numpy as np
 
 from ..errors import NMSparseError
 from ..formats import Pattern, SparseArray, parse
+from ..formats.mixed import DROP
 from ..prune.experts import take_neurons
 from ..prune.hessian import quadratic_loss, shrunk
 from ..prune.methods import KEEP_VALUES, METHODS, NEEDS_NO_DATA, prune_weight, restored
 from .record import LayerRecord, hidden_moments
 from .walk import Walk
 
-Weight = SparseArray | np.ndarray
+Weight = SparseArray | np.ndarray | None  # None: the expert is dropped
 Neurons = Callable[[LayerRecord, int], np.ndarray]
 FEW = 2  # tokens per input column: with fewer, an expert's own Hessian says too little
 
@@ -49,7 +50,7 @@ Listener = Callable[[ExpertReport], None]
 
 @dataclass(frozen=True)
 class PrunedLayer:
-    """The experts of one layer, sparse arrays (or dense, where nothing was pruned), and a report on each."""
+    """The experts of one layer, sparse arrays (dense where nothing was pruned, None if dropped), a report on each."""
 
     gate_up: list[Weight]
     down: list[Weight]
@@ -67,7 +68,8 @@ def prune_layers(
 ) -> list[PrunedLayer]:
     """Prune the experts of every layer of ``walk`` to ``patterns`` by ``method``.
 
-    ``patterns`` is one pattern, or a name for each expert of each layer, among them ``"dense"``. ``method`` is a key of
+    ``patterns`` is one pattern, or a name for each expert of each layer, among them ``"dense"`` and ``"drop"``: an
+    expert that writes nothing and takes no memory, though the router still knows it. ``method`` is a key of
     :data:`nmsparse.prune.METHODS`. ``neurons(record, expert)`` numbers the neurons to keep, in a new order if it likes,
     as many for each expert of a layer; they are taken before anything is pruned, since moving them later would break
     the pattern. ``observed`` are records with gradients, as :func:`~nmsparse.calibration.huggingface.observe` makes
@@ -81,9 +83,12 @@ def prune_layers(
     _check_method(method)
     done = []
     for layer in range(len(walk)):
+        names = _names(walk, layer, patterns)
+        if set(names) == {DROP}:
+            raise NMSparseError(f"patterns: expected one expert of layer {layer} at least that is not dropped")
         work = _Layer(walk, layer, method, neurons, observed[layer] if observed else None)
-        done.append(work.prune(_names(walk, layer, patterns), on_expert))
-        walk.replace(layer, *(np.stack([masked(w) for w in side]) for side in (done[-1].gate_up, done[-1].down)))
+        done.append(work.prune(names, on_expert))
+        walk.replace(layer, *map(dense_stack, (done[-1].gate_up, done[-1].down)))
     return done
 
 
@@ -111,10 +116,8 @@ def _check_method(method: str) -> None:
 
 def _names(walk: Walk, layer: int, patterns: str | Pattern | Sequence[Sequence[str]]) -> list[str]:
     experts = walk.experts(layer).num_experts
-    if patterns == "dense":
-        return ["dense"] * experts
     if isinstance(patterns, (str, Pattern)):
-        return [str(parse(patterns))] * experts
+        return [patterns if patterns in ("dense", DROP) else str(parse(patterns))] * experts
     if len(patterns) != len(walk) or len(patterns[layer]) != experts:
         raise NMSparseError(f"patterns: expected one for each of {experts} experts in {len(walk)} layers")
     return list(patterns[layer])
@@ -145,7 +148,7 @@ class _Layer:
     def prune(self, patterns: list[str], on_expert: Listener | None) -> PrunedLayer:
         record = self.record
         upper, losses = zip(*(self._prune_gate_up(e, pattern) for e, pattern in enumerate(patterns)), strict=True)
-        pruned = np.stack([masked(w) for w in upper])
+        pruned = np.stack([masked(w, start.gate_up) for w, start in zip(upper, self.start, strict=True)])
         moments = hidden_moments(self.walk.batches(self.layer), record.gate_up, pruned, record.activation)
         lower, reports = [], []
         for e, (pattern, hessian, cross) in enumerate(zip(patterns, *moments, strict=True)):
@@ -167,7 +170,7 @@ class _Layer:
         rows = np.concatenate([self.kept[e], self.record.width + self.kept[e]])
         weights = self.record.row_squares[e, rows] / self.tokens[e]
         pruned = self._prune(w, pattern, self.method, hessian=hessian, row_weights=weights if weights.any() else None)
-        error, square = (quadratic_loss(w, v, hessian).sum() for v in (masked(pruned), np.zeros_like(w)))
+        error, square = (quadratic_loss(w, v, hessian).sum() for v in (masked(pruned, w), np.zeros_like(w)))
         return pruned, float(error / square) if square else 0.0
 
     def _prune_down(self, e: int, pattern: str, hessian: np.ndarray, target: np.ndarray) -> Weight:
@@ -182,6 +185,8 @@ class _Layer:
         return self._prune(self.start[e].down, pattern, method, **statistics)
 
     def _prune(self, w: np.ndarray, pattern: str, method: str, **statistics: np.ndarray | None) -> Weight:
+        if pattern == DROP:
+            return None
         if pattern == "dense":
             moved = len(self.kept[0]) < self.record.width and method not in KEEP_VALUES and "target" in statistics
             return (restored(w, statistics["hessian"], statistics["target"]) if moved else w).astype(self.dtype)
@@ -189,28 +194,36 @@ class _Layer:
 
     def _error(self, e: int, lower: Weight, hessian: np.ndarray, target: np.ndarray) -> tuple[float, float]:
         """Σ ‖g (E(x) − E'(x))‖² and Σ ‖g E(x)‖² over the expert's tokens."""
-        w, v = self.record.down[e].astype(np.float64), masked(lower).astype(np.float64)
+        w, v = self.record.down[e].astype(np.float64), masked(lower, self.start[e].down).astype(np.float64)
         square = float(np.vdot(w @ self.record.h_hessian[e], w))
         return max(square - 2 * float(np.vdot(target, v)) + float(np.vdot(v @ hessian, v)), 0.0), square
 
     def _report(
         self, e: int, pattern: str, weights: tuple[Weight, Weight], gate_up_loss: float, error: tuple[float, float]
     ) -> ExpertReport:
-        size = self.record.gate_up[e].size + self.record.down[e].size
+        size, held = self.record.gate_up[e].size + self.record.down[e].size, [w for w in weights if w is not None]
         return ExpertReport(
             layer=self.layer,
             expert=e,
             pattern=pattern,
             tokens=int(self.record.count[e]),
             few=bool(self.few[e]),
-            density=sum(w.nnz if isinstance(w, SparseArray) else w.size for w in weights) / size,
-            nbytes=sum(w.nbytes for w in weights),
+            density=sum(w.nnz if isinstance(w, SparseArray) else w.size for w in held) / size,
+            nbytes=sum(w.nbytes for w in held),
             gate_up_loss=gate_up_loss,
             down_loss=error[0] / error[1] if error[1] else 0.0,
             stream_loss=error[0] / (self.record.stream or max(float(self.record.count.sum()), 1.0)),
         )
 
 
-def masked(w: Weight) -> np.ndarray:
-    """A weight as dense float32."""
+def masked(w: Weight, like: np.ndarray) -> np.ndarray:
+    """A weight as dense float32; zeros in the shape of ``like`` for an expert that is dropped."""
+    if w is None:
+        return np.zeros(like.shape, np.float32)
     return (w.todense() if isinstance(w, SparseArray) else w).astype(np.float32)
+
+
+def dense_stack(weights: Sequence[Weight]) -> np.ndarray:
+    """The weights of all experts of a layer, of which one at least is not dropped, as dense float32 ``(E, M, K)``."""
+    like = next(w for w in weights if w is not None)
+    return np.stack([masked(w, like) for w in weights])

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..demo.mixtral import Mixtral
 from ..moe import SparseExperts
-from .record import Batch
+from .record import Batch, LayerRecord
 
 
 class Walk(Protocol):
@@ -66,3 +66,15 @@ class MixtralWalk:
         """The stream in parts, as views."""
         for start in range(0, len(self.stream), self.step):
             yield self.stream[start : start + self.step]
+
+
+def survey(walk: Walk) -> Iterator[LayerRecord]:
+    """The statistics of one layer of the dense model after the other, without Hessians: what scores of experts need."""
+    for layer in range(len(walk)):
+        dense = walk.experts(layer)
+        weights = [np.asarray(w, np.float32) for w in (dense.gate_up, dense.down)]
+        record = LayerRecord(*weights, activation=dense.activation, hessians=False)
+        for batch in walk.batches(layer):
+            record.add(batch)
+        yield record
+        walk.replace(layer, *weights)

@@ -10,25 +10,32 @@ from typing import Any
 import numpy as np
 
 from ..errors import NMSparseError
-from ..formats import SparseArray, stack
+from ..formats import stack_experts
 from ..io import Checkpoint, save
 from ..io.checkpoint import INDEX
 from ..io.conversion import building, copy_side_files, read_config, refuse_existing, write_json
 from ..io.layouts import find_experts
 from ..io.schema import KEY, SCHEMA
-from .pipeline import PrunedLayer, Weight
+from .channels import reordered
+from .pipeline import PrunedLayer
 
 FILE = "nmsparse-00001-of-00001.safetensors"
 
 
 def write_pruned(
-    source: str | PathLike[str], target: str | PathLike[str], layers: Sequence[PrunedLayer], method: str
+    source: str | PathLike[str],
+    target: str | PathLike[str],
+    layers: Sequence[PrunedLayer],
+    method: str,
+    *,
+    order: np.ndarray | None = None,
 ) -> Path:
     """Write the checkpoint ``source`` with the experts of ``layers`` to a new directory ``target``; returns its path.
 
-    The experts of a layer that share a pattern are two stacked arrays, as ``nmsparse convert`` writes them:
-    ``<module>.experts.gate_up_proj`` (E, 2I, H) and ``<module>.experts.down_proj`` (E, H, I). Where patterns differ,
-    each expert has its own, ``<module>.experts.<e>.gate_up_proj``. All else is copied.
+    The experts of a layer are two arrays, as ``nmsparse convert`` writes them: ``<module>.experts.gate_up_proj``
+    (E, 2I, H) and ``<module>.experts.down_proj`` (E, H, I); :class:`~nmsparse.formats.MixedExperts` where patterns
+    differ. All else is copied, its hidden dimension in ``order`` if the pruned layers have theirs in that
+    (:mod:`~nmsparse.calibration.channels`).
 
     Raises :class:`FileExistsError` where ``target`` exists, and :class:`~nmsparse.errors.NMSparseError` for layers that
     are not those of ``source``.
@@ -42,9 +49,12 @@ def write_pruned(
     arrays: dict[str, Any] = {}
     for module, layer in zip(modules, layers, strict=True):
         for name, weights in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down)):
-            arrays |= _named(module.prefix, name, weights)
-    owned = {tensor.name for module in modules for tensor in module.tensors}
-    arrays |= {name: checkpoint[name] for name in checkpoint if name not in owned}
+            arrays[f"{module.prefix}.{name}"] = stack_experts(weights)
+    owned, copied = (
+        {tensor.name for module in modules for tensor in module.tensors},
+        reordered(checkpoint.__getitem__, order),
+    )
+    arrays |= {name: copied(name) for name in checkpoint if name not in owned}
     patterns = sorted({report.pattern for layer in layers for report in layer.reports})
     with building(target) as folder:
         written = Checkpoint(save(folder / FILE, arrays)).tensors
@@ -58,14 +68,6 @@ def write_pruned(
 
 def _width(config: dict[str, Any], old: int, layers: Sequence[PrunedLayer]) -> dict[str, int]:
     """The field of the config that says how wide an expert is, where neurons were dropped from all alike."""
-    widths = {w.shape[1] for layer in layers for w in layer.down}
+    widths = {w.shape[1] for layer in layers for w in layer.down if w is not None}
     names = [name for name in ("moe_intermediate_size", "intermediate_size") if config.get(name) == old]
     return {names[0]: widths.pop()} if names and len(widths) == 1 else {}
-
-
-def _named(prefix: str, name: str, weights: list[Weight]) -> dict[str, Weight]:
-    kinds = {str(getattr(w, "pattern", "dense")) for w in weights}
-    if len(kinds) > 1:
-        return {f"{prefix}.{e}.{name}": w for e, w in enumerate(weights)}
-    stacked = stack(weights) if isinstance(weights[0], SparseArray) else np.stack(weights)
-    return {f"{prefix}.{name}": stacked}

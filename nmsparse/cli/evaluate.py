@@ -11,8 +11,8 @@ import numpy as np
 
 from ..calibration.evaluate import evaluate
 from ..demo import LENGTH, MODEL, load_model, read_windows
-from ..errors import require
-from ..formats import SparseArray
+from ..errors import NMSparseError, require
+from .prune import bytewise
 from .text import size
 
 
@@ -27,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if not bytewise(args.path):
+        raise NMSparseError(
+            f"{args.path}: expected a Mixtral checkpoint with a vocabulary of the 256 bytes, as examples/tiny-moe; "
+            "evaluate others where they run: docs/torch.md"
+        )
     model = load_model(args.path)
     windows = read_windows(args.text, args.windows)
     stored = sum(experts.nbytes for experts in model.experts)
     # Dense experts are widened once; sparse ones run on the library's kernels.
-    model = model.with_experts(lambda w: w if isinstance(w, SparseArray) else w.astype(np.float32))
+    model = model.with_experts(lambda w: w.astype(np.float32) if isinstance(w, np.ndarray) else w)
     shown = sys.stderr.isatty()
     with require("tqdm", "hf").tqdm(total=len(windows), unit="window", leave=False, disable=not shown) as bar:
         bits = evaluate(model, windows, bar.update)

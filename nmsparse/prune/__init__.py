@@ -15,6 +15,7 @@ from ..formats import Pattern
 from ..formats.selection import magnitude
 from .admm import admm_mask
 from .methods import METHODS, prune_weight
+from .permutation import column_order
 from .refit import refit
 from .scores import ria, wanda
 from .sparsegpt import sparsegpt
@@ -23,6 +24,7 @@ __all__ = [
     "METHODS",
     "admm_mask",
     "apply",
+    "column_order",
     "magnitude",
     "mask",
     "prune_weight",

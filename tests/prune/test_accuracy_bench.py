@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from nmsparse import demo
-from nmsparse.bench import accuracy
+from nmsparse.bench import accuracy, experts
 from nmsparse.bench.accuracy_plot import draw
 from nmsparse.prune import METHODS
 
@@ -47,3 +48,26 @@ def test_bars_and_picture(tmp_path, capsys):
     assert "MISSED" in capsys.readouterr().out
     draw([vars(row) for row in rows] + bars, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_rows_of_experts(monkeypatch):
+    """Removal, neurons and dropping on two windows, with gradients that are not those of the model."""
+    settings = {
+        "TEXT": 300, "SAMPLE": 1, "KEEP": (7,), "CLUSTERS": (21,), "SHARES": (1 / 2,),
+        "DROPS": (((0.0, 0.0), "none"), ((0.3,), "none"), ((0.2, 0.4), "heapr"), ((2.0, 2.0), "abs_h")),
+    }  # fmt: skip
+    for name, value in settings.items():
+        monkeypatch.setattr(experts, name, value)
+    made = [type("Record", (), {"h_gradients": np.ones((8, 384))})] * 3
+    monkeypatch.setattr(experts, "gradients", lambda windows: made)
+    study = experts.ExpertStudy()
+    study.heldout = study.heldout[:2]
+    dense = 24 * 589_824
+    removed, narrow, dropped = (list(part(study)) for part in experts.PARTS)
+    assert [row.nbytes for row in removed] == [dense * 7 // 8] * 7 and all(row.loss > 0 for row in removed)
+    assert [row.nbytes for row in narrow] == [dense // 2] * 10
+    whole, halves, one, two, all_of_it = dropped
+    for row in (whole, halves):
+        assert row.skipped == 0 and row.bits == pytest.approx(study.dense_bits(1), abs=1e-5)
+    assert 0 < one.skipped < 0.5 and 0 < two.skipped < 0.5 and all_of_it.skipped == 1
+    assert all_of_it.loss > one.loss and all_of_it.seconds < whole.seconds

@@ -7,7 +7,7 @@ import pytest
 
 from nmsparse import NMSparseError, SparseExperts, demo, prune
 from nmsparse.calibration import Batch, LayerRecord, MixtralWalk, prune_layers, try_patterns
-from nmsparse.calibration.choices import allocate_patterns, dealt, strongest
+from nmsparse.calibration.choices import allocate_patterns, ordered, strongest
 from nmsparse.calibration.evaluate import evaluate, with_layers
 from nmsparse.calibration.record import hidden, hidden_moments
 from nmsparse.prune.experts import easy_ep, take_neurons
@@ -89,7 +89,7 @@ def test_hidden_moments_are_their_definition(layer):
         np.testing.assert_allclose(new, old[:, [0, 3, 5]])
 
 
-@pytest.mark.parametrize("order", [dealt, strongest(1.0)])
+@pytest.mark.parametrize("order", [ordered("2:4", "wanda"), ordered("samoyeds:1:2:8", "magnitude"), strongest(1.0)])
 def test_a_new_order_of_neurons_changes_no_output(layer, order):
     gate_up, down, batch = layer
     record = LayerRecord(gate_up, down)
@@ -180,6 +180,15 @@ def test_patterns_for_each_expert(walk):
         prune_layers(walk, [["2:4"]], "admm")
 
 
+def test_a_dropped_expert_writes_nothing_and_takes_no_bytes(walk):
+    (layer,) = prune_layers(walk, [["2:4", "drop", "2:4"]], "admm")
+    assert layer.gate_up[1] is None and layer.down[1] is None
+    assert (layer.reports[1].nbytes, layer.reports[1].density, layer.reports[1].down_loss) == (0, 0, 1)
+    assert not walk.replaced[1][1].any() and walk.replaced[1][0].any()
+    with pytest.raises(NMSparseError, match="one expert of layer 0 at least"):
+        prune_layers(walk, [["drop"] * 3], "admm")
+
+
 def test_trying_patterns_changes_nothing_and_allocation_meets_the_budget(walk):
     patterns = ("dense", "2:4", "1:4")
     tried = try_patterns(walk, patterns, "admm")
@@ -189,6 +198,8 @@ def test_trying_patterns_changes_nothing_and_allocation_meets_the_budget(walk):
     (chosen,) = allocate_patterns(tried, patterns, budget)
     assert sum(tried[patterns.index(name)][0][e].nbytes for e, name in enumerate(chosen)) <= budget
     assert chosen[2] == "1:4"  # nobody takes it, so it loses nothing
+    guarded = np.array([[False, False, True]])
+    assert allocate_patterns(tried, patterns, 1.1 * budget, guard=guarded)[0] == ["1:4", "1:4", "dense"]
     everything = sum(report.nbytes for report in tried[0][0])
     assert allocate_patterns(tried[:2], patterns[:2], everything)[0][:2] == ["dense", "dense"]
 

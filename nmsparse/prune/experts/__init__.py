@@ -9,14 +9,14 @@ Functions on arrays, to be applied in this order, since each step breaks what a 
 4. order neurons by importance and cut: :func:`reconstruct`, :func:`partition`;
 5. a pattern for each expert under a budget: :func:`allocate`;
 6. prune to the patterns (:mod:`nmsparse.prune`) and pack;
-7. at run time, drop slots: :func:`drop_2t` and :class:`DualTokens`.
+7. at run time, drop slots: :func:`route_2t`.
 """
 
 from __future__ import annotations
 
 from .allocation import allocate, expert_bytes, output_loss
 from .clusters import cluster, expert_distances, representatives
-from .dropping import FULL, MAJOR, SKIP, DualTokens, drop_1t, drop_2t, dropped, shares
+from .dropping import FULL, MAJOR, SKIP, drop_1t, drop_2t, dropped, route_2t, shares
 from .heapr import heapr
 from .partition import Complete, complete, interleave, neuron_multiple, partition, sub_routing
 from .reconstruction import neuron_importance, reconstruct
@@ -31,7 +31,6 @@ __all__ = [
     "MAJOR",
     "SKIP",
     "Complete",
-    "DualTokens",
     "ExpertWeights",
     "allocate",
     "as_experts",
@@ -58,6 +57,7 @@ __all__ = [
     "reconstruct",
     "remove_experts",
     "representatives",
+    "route_2t",
     "shares",
     "sub_routing",
     "super_experts",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...errors import NMSparseError
-from ...formats import NM, VNM, Pattern, parse
+from ...formats import DROPPED, NM, VNM, Pattern, parse
 from .weights import ExpertWeights, as_experts, take_neurons
 
 
@@ -87,24 +88,24 @@ def interleave(parts: Sequence[ExpertWeights]) -> ExpertWeights:
     return ExpertWeights(stack([part.gate_up for part in parts]), stack([part.down for part in parts]))
 
 
-def sub_routing(
-    ids: np.ndarray, weights: np.ndarray, parts: int, kept: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def sub_routing(ids: Any, weights: Any, parts: int, kept: Any = None) -> tuple[Any, Any]:
     """The routing (T, k·P) to the parts that :func:`interleave` makes, of a routing ``ids``, ``weights`` (T, k).
 
     Id e becomes eP..eP+P−1, each with the weight of e; down is *not* multiplied by P. Where ``kept`` (T, k) is given,
-    only that many leading parts of each slot keep their weight and the others get 0: with P = 2 and the modes of
-    :func:`drop_2t` this is what dropping means. dtypes stay.
+    only that many leading parts of each slot run, and the others get the id ``DROPPED`` (-1), which
+    :class:`~nmsparse.SparseExperts` leaves out: with P = 2 and the modes of :func:`drop_2t` this is what dropping
+    means. dtypes stay; tensors of torch give tensors, on their device and without waiting for it.
 
     >>> ids, weights = sub_routing(np.array([[3, 1]]), np.array([[0.75, 0.25]]), 2, kept=np.array([[2, 1]]))
     >>> ids.tolist(), weights.tolist()
-    ([[6, 7, 2, 3]], [[0.75, 0.75, 0.25, 0.0]])
+    ([[6, 7, 2, -1]], [[0.75, 0.75, 0.25, 0.25]])
     """
-    ids, weights, part = np.asarray(ids), np.asarray(weights), np.arange(parts)
-    below = np.ones(parts, bool) if kept is None else part < np.asarray(kept)[..., None]
-    tokens, width = ids.shape[0], ids.shape[1] * parts
-    ids = (ids[..., None] * parts + part).astype(ids.dtype)
-    return ids.reshape(tokens, width), (weights[..., None] * below.astype(weights.dtype)).reshape(tokens, width)
+    library = sys.modules[type(ids).__module__.partition(".")[0]]  # NumPy's and torch's functions have the same names
+    split = [ids * parts + part for part in range(parts)]
+    if kept is not None:
+        split = [library.where(kept > part, sub, DROPPED) for part, sub in enumerate(split)]
+    shape = ids.shape[0], ids.shape[1] * parts
+    return library.stack(split, -1).reshape(shape), library.stack([weights] * parts, -1).reshape(shape)
 
 
 class Complete(NamedTuple):
