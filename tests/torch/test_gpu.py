@@ -1,4 +1,4 @@
-"""The bridge on a GPU: shared memory, results and gradients, compiled and captured calls, host times."""
+"""The bridge on a GPU: shared memory, results and gradients, compiled and captured calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 
 import nmsparse.torch as nt
 from nmsparse import formats
-from nmsparse.bench.layer import host_times
 from nmsparse.formats import SparseArray
 from nmsparse.torch import SparseExperts, SparseLinear, arrays
 from nmsparse.torch.train import mask
@@ -183,9 +182,3 @@ def test_models_of_transformers(name, pattern):
     dense.set_experts_implementation("eager")
     with torch.no_grad():
         close(model(tokens().cuda()).logits, dense(tokens().cuda()).logits, 6e-2)
-
-
-def test_host_times(capsys):
-    """The bars of `bench layer`: a call of linear takes at most 15 µs on the host, one of experts 40 µs."""
-    with capsys.disabled():
-        assert all(row["holds"] for row in host_times())
