@@ -29,6 +29,16 @@ def pytest_runtest_setup(item):
         pytest.skip("needs an NVIDIA GPU")
 
 
+@pytest.fixture(scope="module")
+def torch():
+    """torch that can use a GPU, seeded."""
+    module = pytest.importorskip("torch", reason="needs torch")
+    if not module.cuda.is_available():
+        pytest.skip("needs torch with CUDA")
+    module.manual_seed(0)
+    return module
+
+
 class HostDevice:
     """Device memory that is host memory: poisoned when new; a second free and a copy from outside raise."""
 

@@ -320,14 +320,6 @@ def test_without_a_driver_the_message_says_so():
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def torch():
-    module = pytest.importorskip("torch")
-    if not module.cuda.is_available():
-        pytest.skip("needs torch with CUDA")
-    return module
-
-
 @pytest.mark.gpu
 @every_dtype
 def test_gpu_round_trip(dtype):

@@ -16,15 +16,6 @@ from nmsparse.prune.experts import route_2t, sub_routing
 PATTERNS = ["2:4", "samoyeds:1:2:128", "samoyeds:1:2:64", "dense", "vnm:64:2:8", "samoyeds:1:2:32"]
 
 
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch", reason="needs torch")
-    if not module.cuda.is_available():
-        pytest.skip("needs torch with CUDA")
-    module.manual_seed(0)
-    return module
-
-
 def layer(torch, pattern, experts=6, hidden=264, width=200, gated=True, activation="silu", dtype="bfloat16", down=None):
     """Experts on the GPU, and their dense weights in float64."""
     kind, made, exact = getattr(torch, dtype), [], []

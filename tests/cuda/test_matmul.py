@@ -31,15 +31,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch", reason="needs torch")
-    if not module.cuda.is_available():
-        pytest.skip("needs torch with CUDA")
-    module.manual_seed(0)
-    return module
-
-
 def operands(torch, rows, tokens, columns, dtype, pattern="2:4"):
     w = torch.randn(rows, columns, device="cuda", dtype=dtype)
     weight = nmsparse.array(w, pattern)

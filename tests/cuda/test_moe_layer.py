@@ -285,15 +285,6 @@ def test_the_product_of_cupy_is_float32(launched, monkeypatch):
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def torch():
-    module = pytest.importorskip("torch", reason="needs torch")
-    if not module.cuda.is_available():
-        pytest.skip("needs torch with CUDA")
-    module.manual_seed(0)
-    return module
-
-
 def cuda(torch, values):
     """A NumPy array as a tensor on the GPU."""
     return torch.from_dlpack(from_host(values)).clone()

@@ -16,6 +16,7 @@ from ...ptx.numba_glue import callable_of, registers
 from . import consumer_words, descriptor, ring_words, sparse_product
 from .grouped_store import store_words
 from .samoyeds import run_words, turn_words
+from .staging import read_thread
 from .store import sequence
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
@@ -219,7 +220,8 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def gather(ring, turn, x_gmem, tokens, step, columns):
-        slot, thread = u32(turn) % u32(STAGES), u32(cuda.threadIdx.x)
+        # Read anew in each step: the producer has no registers for what hangs on it.
+        slot, thread = u32(turn) % u32(STAGES), u32(read_thread())
         line, chunk = thread // u32(8), thread % u32(8)
         to = u32(ring + slot * u32(SLOT) + line * u32(128) + (chunk ^ line % u32(8)) * u32(16))
         copy_all(tokens, to, x_gmem, u32(step * (STEP * BLOCK) + chunk * u32(8)), columns)
