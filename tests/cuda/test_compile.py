@@ -57,7 +57,7 @@ OTHER_GROUPED = [
     replace(GATED, dense=True, activation="gelu_tanh"),
     replace(GATED, pairs=True, ordered=True, tile_t=128, tile_k=128, group=16, part=True),
     replace(GATED, tile_t=128, tile_k=128, group=16, part=True),
-    replace(PLAIN, dense=True, tile_t=256, stages=4, group=8, part=True),
+    replace(PLAIN, dense=True, tile_t=256, stages=3, group=8, part=True),
 ]
 
 
