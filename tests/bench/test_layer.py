@@ -12,7 +12,9 @@ torch = pytest.importorskip("torch", reason="the benchmark runs on torch")
 pytest.importorskip("transformers", reason="it builds the layers")
 
 from nmsparse.bench import layer  # noqa: E402
+from nmsparse.bench.gpu import Timed  # noqa: E402
 from nmsparse.bench.layer import measure, stacks  # noqa: E402
+from nmsparse.bench.layer.measure import WRONG, replay_error  # noqa: E402
 from nmsparse.bench.layer.stacks import LAYERS, Case, Contender, Past, Shape  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what transformers says when it is imported is not ours
@@ -117,3 +119,14 @@ def test_the_published_shapes():
 def test_it_wants_a_gpu():
     with pytest.raises(UnsupportedDeviceError, match="bench layer"):
         layer.run(None)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_replay_is_compared_on_other_inputs_which_are_put_back(works):
+    inputs = [torch.ones(2, 3), torch.full((2, 3), 2.0)]
+    runs = [lambda x=x: 3 * x for x in inputs]
+    results = [run() for run in runs]
+    graph = Timed(lambda: [r.copy_(run()) for r, run in zip(results, runs, strict=True)] if works else None, 2)
+    error = replay_error(graph, results, runs, inputs, [torch.randn(2, 3) for _ in inputs])
+    assert error == 0 if works else error > WRONG
+    assert inputs[0].eq(1).all() and inputs[1].eq(2).all()

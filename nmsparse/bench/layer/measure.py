@@ -11,7 +11,7 @@ from ..moe.weights import relative_error
 from ..timing import medians
 from .stacks import Case, Contender, Past
 
-__all__ = ["measure"]
+__all__ = ["measure", "replay_error"]
 
 WRONG = 0.03  # relative error of what a layer adds to its input; bfloat16 rounds that sum too
 MOST_COPIED = 12e9  # bytes of weights, those of each pair, that batched_mm may copy; it is the slowest long before
@@ -51,10 +51,7 @@ def measure(case: Case, model: Any, made: dict[str, Contender], row: dict[str, A
         timed[name], row["how"][name] = Timed(lambda: [run() for run in runs], len(runs) * depth), "as it runs"
         if cuda and not waits_for_gpu(runs[0]):
             graph, results = captured(runs)
-            for x in inputs:
-                x.copy_(tokens())
-            graph.run()
-            error = max(relative_error(r - x, run() - x) for r, run, x in zip(results, runs, inputs, strict=True))
+            error = replay_error(graph, results, runs, inputs, [tokens() for _ in inputs])
             if error > WRONG:
                 row["how"][name] = f"as it runs, since a replayed graph is wrong by {error:.2g}"
             else:
@@ -72,6 +69,19 @@ def measure(case: Case, model: Any, made: dict[str, Contender], row: dict[str, A
     else:
         taken = medians({name: one.run for name, one in timed.items()}, seconds=0.01, rounds=1)
         row["seconds"] = {name: seconds / timed[name].calls for name, seconds in taken.items()}
+
+
+def replay_error(graph: Timed, results: list[Any], runs: list[Any], inputs: list[Any], others: list[Any]) -> float:
+    """How far a replay with ``others`` in place of ``inputs`` is from a call; ``inputs`` are put back, since what the
+    next contender is compared with was made from them."""
+    kept = [x.clone() for x in inputs]
+    for x, other in zip(inputs, others, strict=True):
+        x.copy_(other)
+    graph.run()
+    error = max(relative_error(r - x, run() - x) for r, run, x in zip(results, runs, inputs, strict=True))
+    for x, old in zip(inputs, kept, strict=True):
+        x.copy_(old)
+    return error
 
 
 def _added(contender: Contender, x: Any, rotary: Any, pasts: list[Any]) -> Any:
