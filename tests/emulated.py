@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import inspect
 import itertools
 from dataclasses import replace
@@ -41,12 +42,46 @@ def at(address: int, count: int, dtype: np.dtype | str) -> np.ndarray:
     return np.frombuffer((ctypes.c_uint8 * (count * dtype.itemsize)).from_address(address), np.uint8).view(dtype)
 
 
+class Recording:
+    """As :class:`nmsparse.cuda.driver.Recording`, of calls that are marked :func:`recorded`."""
+
+    active: list[tuple] | None = None
+
+    def __init__(self):
+        self.launches: list[tuple] = []
+
+    def __enter__(self):
+        Recording.active = self.launches
+        return self
+
+    def __exit__(self, *_):
+        Recording.active = None
+
+    def __call__(self, *values):
+        for run, *arguments in self.launches:
+            run(*(values[a.number] if isinstance(a, driver.Varying) else a for a in arguments))
+
+
+def recorded(launch):
+    """``launch(*arguments)``, which a recording that is entered keeps for later."""
+
+    @functools.wraps(launch)
+    def run(*arguments):
+        if Recording.active is None:
+            launch(*arguments)
+        else:
+            Recording.active.append((launch, *arguments))
+
+    return run
+
+
 class Kernel:
     """A launch of a text."""
 
     def __init__(self, config, launched: list):
         self.config, self.launched = config, launched
 
+    @recorded
     def __call__(self, grid, stream, *arguments):
         self.launched.append(self.config)
         if isinstance(self.config, CombineConfig):
@@ -108,6 +143,7 @@ def projection_class(launched: list) -> type:
             host = weight if isinstance(weight, DeviceArray) else weight.to_device("cpu")
             self.dense = (host.numpy() if host is weight else host.todense()).astype(np.float64)
 
+        @recorded
         def __call__(self, config, grid, stream, x, x_pitch, tokens, rows, plan, y):
             launched.append(config)
             count = 2 * self.experts + 2 * self.part
@@ -141,6 +177,7 @@ def launched(host_device, monkeypatch) -> list:
     monkeypatch.setattr(launch, "kernel_of", lambda config, device: Kernel(config, launched))
     monkeypatch.setattr(launch, "model_of", lambda device: replace(launch.H200, sms=2))
     monkeypatch.setattr(experts, "Projection", projection_class(launched))
+    monkeypatch.setattr(experts, "Recording", Recording)
     monkeypatch.setattr(driver, "capture_id", lambda stream: 0)
     monkeypatch.setattr(driver, "relaxed_capture", contextlib.nullcontext)
     monkeypatch.setattr(arena, "_arenas", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,3 +19,15 @@ def disassembled(code: bytes, folder: Path) -> str:
     path = folder / "kernel.cubin"
     path.write_bytes(code)
     return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+def assert_overlaps(code: str, overlaps: bool = True) -> None:
+    """The machine code awaits the launch before it, and lets the next begin, ahead of all else in global memory; or
+    it does neither, and may run on any architecture."""
+    outside = "LDG|STG|ATOMG|RED|LDGSTS|UBLKCP|UTMALDG"
+    order = re.findall(rf"\b(ACQBULK|PREEXIT|{outside})\b", code)
+    assert set(order) & set(outside.split("|")), "no access to global memory at all"
+    if overlaps:
+        assert order[:2] == ["ACQBULK", "PREEXIT"], f"global memory first: {order[:5]}"
+    else:
+        assert not {"ACQBULK", "PREEXIT"} & set(order)

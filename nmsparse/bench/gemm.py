@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import require
 from . import bar, peers
-from .gpu import copies_of, kernel_seconds, random_samoyeds, semi_structured
+from .gpu import copies_of, host_time, kernel_seconds, random_samoyeds, semi_structured
 
 SHAPES = (
     (14336, 4096),
@@ -195,16 +194,9 @@ def host_times(torch: Any) -> list[dict[str, Any]]:
     w = semi_structured(4096, 4096, torch.float16)
     weight, x = array(w, "2:4"), torch.randn(16, 4096, device="cuda", dtype=torch.float16)
     y, across = torch.empty(16, 4096, device="cuda", dtype=torch.float16), weight.T
-    matmul(x, across, out=y)
-    torch.cuda.synchronize()
-    spans = []
-    for _ in range(200):
-        start = time.perf_counter()
-        for _ in range(5):
-            matmul(x, across, out=y)
-        spans.append((time.perf_counter() - start) / 5)
-        torch.cuda.synchronize()
-    found = [bar("host time of ops.matmul, µs", sorted(spans)[len(spans) // 2] * 1e6, 10, at_least=False)]
+    found = [
+        bar("host time of ops.matmul, µs", host_time(lambda: matmul(x, across, out=y)), 10, at_least=False),
+    ]
     large = [torch.randn(14336, 8192, device="cuda", dtype=torch.float16) for _ in range(2)]
     target = torch.empty_like(large[0])
     seconds = kernel_seconds(

@@ -23,6 +23,7 @@ __all__ = [
     "captured",
     "copies_of",
     "device_facts",
+    "host_time",
     "kernel_seconds",
     "random_samoyeds",
     "seconds_of",
@@ -153,6 +154,20 @@ def seconds_of(
             time.sleep(rest)
             times[name].append(once(timed, repeats[name]) / timed.calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def host_time(call: Callable[[], Any], rounds: int = 200, calls: int = 5) -> float:
+    """Median over ``rounds`` of the mean time on the host of a call, in µs; a round begins with an idle GPU, whose
+    queue ``calls`` do not fill."""
+    torch, times = require("torch", "torch"), []
+    call()
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return sorted(times)[rounds // 2] * 1e6
 
 
 def copies_of(rows: int, tokens: int, columns: int) -> int:

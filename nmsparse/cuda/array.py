@@ -18,7 +18,17 @@ from ..errors import NMSparseError, UnsupportedDeviceError
 from . import dlpack, driver
 from .dlpack import c_strides
 
-__all__ = ["DeviceArray", "Kind", "current_stream", "empty", "empty_like_kind", "from_host", "kind_of", "view"]
+__all__ = [
+    "DeviceArray",
+    "Kind",
+    "comparable",
+    "current_stream",
+    "empty",
+    "empty_like_kind",
+    "from_host",
+    "kind_of",
+    "view",
+]
 
 
 class DeviceArray:
@@ -205,6 +215,10 @@ class Kind(NamedTuple):
     :func:`empty_like_kind` for this library; ``address(y, shape, dtype)`` is the address of ``y`` if it is such an
     array in C order on a GPU, else None. ``linear(weight)`` of a float32 ``weight (E, H)`` is the library's own product
     ``x -> x · weightᵀ`` in float32, on its current stream.
+
+    ``like(x, shape)`` is ``empty`` in the dtype of ``x``, ``pointer(x)`` the address of ``x`` and ``signature(x)`` all
+    else that a view of it tells, to compare and to hash: who has seen an array of this signature need not look at a
+    view again. They are None of arrays that only a view makes readable.
     """
 
     view: Callable[[Any], DeviceArray]
@@ -212,6 +226,9 @@ class Kind(NamedTuple):
     empty: Callable[[Any, tuple[int, ...], np.dtype], Any]
     address: Callable[[Any, tuple[int, ...], np.dtype], int | None]
     linear: Callable[[DeviceArray], Callable[[Any], Any]] = _no_product
+    like: Callable[[Any, tuple[int, ...]], Any] | None = None
+    pointer: Callable[[Any], int] | None = None
+    signature: Callable[[Any], tuple[Any, ...]] | None = None
 
 
 def view(x: Any) -> DeviceArray:
@@ -234,6 +251,12 @@ def empty_like_kind(x: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
     return kind_of(x).empty(x, shape, dtype)
 
 
+def comparable(x: Any) -> Any:
+    """``x`` if its kind has signatures, else its view, which has."""
+    kind = kind_of(x)
+    return x if kind.signature else kind.view(x)
+
+
 _kinds: dict[type, Kind] = {}
 
 
@@ -250,7 +273,15 @@ def _find_kind(of: type) -> Kind:
     """Recognises libraries by the modules of the type and its bases; imports none of them."""
     origins = {(base.__module__.split(".")[0], base.__name__) for base in of.__mro__}
     if issubclass(of, DeviceArray):
-        return Kind(lambda x: x, lambda x: 0, _empty_plain, _address)
+        return Kind(
+            lambda x: x,
+            lambda x: 0,
+            _empty_plain,
+            _address,
+            like=lambda x, shape: empty(shape, x.dtype, x.device),
+            pointer=lambda x: x.pointer,
+            signature=lambda x: (x.shape, x.strides, x.dtype, x.device),
+        )
     if ("torch", "Tensor") in origins:
         return _torch_kind(sys.modules["torch"])
     if ("cupy", "ndarray") in origins:
@@ -285,6 +316,11 @@ def _torch_kind(torch: Any) -> Kind:
             raise NMSparseError(f"expected a tensor of {', '.join(map(str, to_numpy))}, got {x.dtype}") from None
         return DeviceArray(x.data_ptr(), x.shape, dtype, x.get_device(), x, x.stride())
 
+    def signature_torch(x: Any) -> tuple[Any, ...]:
+        if x.requires_grad:
+            view_torch(x)  # which may refuse
+        return x.shape, x.stride(), x.dtype, x.get_device()
+
     def empty_torch(x: Any, shape: tuple[int, ...], dtype: np.dtype) -> Any:
         return x.new_empty(shape, dtype=to_torch[dtype])
 
@@ -296,7 +332,16 @@ def _torch_kind(torch: Any) -> Kind:
         columns = torch.from_dlpack(weight.__dlpack__()).T  # a capsule waits for no stream: the weight is complete
         return lambda x: x.float() @ columns
 
-    return Kind(view_torch, lambda x: stream_of(x.get_device()), empty_torch, address_torch, linear_torch)
+    return Kind(
+        view_torch,
+        lambda x: stream_of(x.get_device()),
+        empty_torch,
+        address_torch,
+        linear_torch,
+        torch.Tensor.new_empty,
+        torch.Tensor.data_ptr,
+        signature_torch,
+    )
 
 
 def _cupy_kind(cupy: Any) -> Kind:
@@ -316,7 +361,16 @@ def _cupy_kind(cupy: Any) -> Kind:
         columns = cupy.asarray(weight).T
         return lambda x: x.astype(np.float32) @ columns
 
-    return Kind(view_cupy, stream, empty_cupy, _address, linear_cupy)
+    def signature_cupy(x: Any) -> tuple[Any, ...]:
+        return x.shape, x.strides, x.dtype, x.device.id
+
+    def like_cupy(x: Any, shape: tuple[int, ...]) -> Any:
+        return empty_cupy(x, shape, x.dtype)
+
+    def pointer_cupy(x: Any) -> int:
+        return x.data.ptr
+
+    return Kind(view_cupy, stream, empty_cupy, _address, linear_cupy, like_cupy, pointer_cupy, signature_cupy)
 
 
 def _view_by_protocol(x: Any) -> DeviceArray:

@@ -56,7 +56,7 @@ class Combine:
         aligned = not ((d_pitch | base_pitch | y_pitch | columns) & 7 or (d | base | y) & 15)
         kernel = self._kernels.get(aligned)
         if kernel is None:
-            config = replace(self.config, aligned=aligned)
+            config = replace(self.config, aligned=aligned, overlaps=launch.overlaps(self.device))
             kernel = self._kernels[aligned] = launch.kernel_of(config, self.device)
         grid = -(-work // self.config.threads)
         pitches = d_pitch, base_pitch, y_pitch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from .config import GemmConfig, GemvConfig
 from .layout import BLOCK
@@ -23,6 +24,7 @@ class GroupedConfig(GemmConfig):
     gated: bool = False
     activation: str = "identity"
     part: bool = False  # some of the experts of a layer: the plan begins where the others before them end
+    overlaps: ClassVar[bool] = True  # with the launches around it, as sm_90a can
 
     @property
     def name(self) -> str:
@@ -100,6 +102,7 @@ class GroupedGemvConfig(GemvConfig):
     gated: bool = False
     activation: str = "identity"
     part: bool = False
+    overlaps: bool = False  # with the launches around it: nmsparse.cuda.launch.overlaps
 
     # Neighbouring CTAs have neighbouring rows of one expert.
     group: int = 1 << 20

@@ -70,6 +70,7 @@ class RouteConfig(_Config):
     copies: bool = False  # the tokens, into the order of the positions
     kept: int | None = None  # experts that have an order of their own, and how many of them are not dropped
     threads: int = 1024
+    overlaps: bool = False  # with the launches around it: nmsparse.cuda.launch.overlaps
 
     @property
     def signature(self) -> str:
@@ -126,6 +127,7 @@ class DispatchConfig(_Config):
     copies: bool = False  # the tokens, into the order of the positions
     kept: int | None = None  # experts that have an order of their own, and how many of them are not dropped
     threads: int = 1024
+    overlaps: bool = False  # with the launches around it: nmsparse.cuda.launch.overlaps
 
     @property
     def signature(self) -> str:
@@ -193,6 +195,7 @@ class CombineConfig:
     base: bool = False
     aligned: bool = True
     threads: int = 128
+    overlaps: bool = False  # with the launches around it: nmsparse.cuda.launch.overlaps
 
     @property
     def signature(self) -> str:

@@ -13,12 +13,14 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UnsupportedDeviceError
 
 __all__ = [
     "Kernel",
+    "Recording",
+    "Varying",
     "allocate",
     "attribute",
     "capability",
@@ -40,7 +42,7 @@ U32, U64, POINTER = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
 # CUdevice_attribute, CUfunction_attribute, CUlaunchAttributeID: the values of cuda.h.
 SM_COUNT, CAPABILITY_MAJOR, CAPABILITY_MINOR, MEMORY_CLOCK, BUS_WIDTH = 16, 75, 76, 36, 37
 MAX_DYNAMIC_SHARED = 8
-LAUNCH_CLUSTER = 4
+LAUNCH_CLUSTER, LAUNCH_OVERLAPPING = 4, 6  # the latter: programmatic stream serialization
 
 
 class CudaError(UnsupportedDeviceError):
@@ -119,10 +121,21 @@ class _Config(ctypes.Structure):
     )
 
 
+def _attributes(cluster: int, overlaps: bool) -> ctypes.Array[_Attribute]:
+    """Those of a launch that differ from the driver's defaults.
+
+    >>> [(found.id, found.value[:3]) for found in _attributes(2, True)], len(_attributes(1, False))
+    ([(4, [2, 1, 1]), (6, [1, 0, 0])], 0)
+    """
+    wanted = [(LAUNCH_CLUSTER, (cluster, 1, 1))] * (cluster > 1) + [(LAUNCH_OVERLAPPING, (1,))] * overlaps
+    return (_Attribute * len(wanted))(*(_Attribute(number, 0, value) for number, value in wanted))
+
+
 class Kernel:
     """A kernel of a cubin, ready to launch: ``kernel(grid, stream, *arguments)``.
 
-    ``signature`` has a letter for each parameter: ``p`` an address, ``i`` an int32, ``m`` a tensor map.
+    ``signature`` has a letter for each parameter: ``p`` an address, ``i`` an int32, ``m`` a tensor map. With
+    ``overlaps`` it may begin while the launch before it on its stream still runs, and itself waits for its end.
     """
 
     def __init__(
@@ -134,48 +147,119 @@ class Kernel:
         threads: int,
         shared_bytes: int,
         cluster: int = 1,
+        overlaps: bool = False,
         what: str = "",
     ):
         self._call, self._what = driver(), what or entry
         self._struct = struct.Struct("".join({"p": "Q", "i": "i4x", "m": "128s"}[letter] for letter in signature))
-        self._library, self._kernel = POINTER(), POINTER()
+        self._library, self.handle = POINTER(), POINTER()
         device = current_device()
         load = (ctypes.byref(self._library), code, None, None, 0, None, None, 0)
         self._call("cuLibraryLoadData", *load, doing=self._what)
-        self._call("cuLibraryGetKernel", ctypes.byref(self._kernel), self._library, entry.encode(), doing=self._what)
+        self._call("cuLibraryGetKernel", ctypes.byref(self.handle), self._library, entry.encode(), doing=self._what)
         if shared_bytes > 48 * 1024:
-            limit = (MAX_DYNAMIC_SHARED, shared_bytes, self._kernel, device)
+            limit = (MAX_DYNAMIC_SHARED, shared_bytes, self.handle, device)
             self._call("cuKernelSetAttribute", *limit, doing=f"{self._what}: {shared_bytes} bytes of shared memory")
-        self._shape, self._signature = (threads, shared_bytes, cluster), signature
+        self._shape, self._signature = (threads, shared_bytes, _attributes(cluster, overlaps)), signature
+        self.fill = self._struct.pack_into  # fill(values, 0, *arguments)
         self._local = threading.local()
-        self._launch = self._call.library.cuLaunchKernelEx
+        self.enter = self._call.library.cuLaunchKernelEx  # copies the arguments before it returns
 
-    def _prepared(self) -> tuple[Any, ...]:
-        """This thread's launch structures; the driver copies the arguments before a launch returns."""
-        threads, shared_bytes, cluster = self._shape
-        attributes = (_Attribute * 1)()
-        attributes[0].id = LAUNCH_CLUSTER
-        attributes[0].value[0:3] = [cluster, 1, 1]
-        config = _Config((U32 * 3)(1, 1, 1), (U32 * 3)(threads, 1, 1), shared_bytes, None, attributes, int(cluster > 1))
+    def prepare(self, grid: int = 1, stream: int = 0) -> Prepared:
+        """The structures of a launch, with room for its arguments."""
+        threads, shared_bytes, attributes = self._shape
+        grids, block = (U32 * 3)(grid, 1, 1), (U32 * 3)(threads, 1, 1)
+        config = _Config(grids, block, shared_bytes, stream, attributes, len(attributes))
         values = ctypes.create_string_buffer(self._struct.size)
         places, at = [], ctypes.addressof(values)
         for letter in self._signature:
             places.append(at)
             at += 128 if letter == "m" else 8
-        pointers = (POINTER * len(places))(*places)
-        self._local.state = config, values, pointers, ctypes.byref(config)
-        return self._local.state
+        return Prepared(self, config, values, (POINTER * len(places))(*places), ctypes.byref(config))
+
+    def error(self, code: int) -> CudaError:
+        """What is wrong with a launch."""
+        return CudaError(f"launch of {self._what}: {self._call.message(code)}")
 
     def __call__(self, grid: int, stream: int, *arguments: Any) -> None:
+        if _recordings and (recording := _recordings.get(threading.get_ident())) is not None:
+            recording.add(self, grid, stream, arguments)
+            return
         try:
-            config, values, pointers, reference = self._local.state
+            prepared = self._local.prepared
         except AttributeError:
-            config, values, pointers, reference = self._prepared()
-        self._struct.pack_into(values, 0, *arguments)
+            prepared = self._local.prepared = self.prepare()
+        config = prepared.config
         config.grid[0] = grid
         config.stream = stream
-        if code := self._launch(reference, self._kernel, pointers, None):
-            raise CudaError(f"launch of {self._what}, {grid} blocks: {self._call.message(code)}")
+        self.fill(prepared.values, 0, *arguments)
+        if code := self.enter(prepared.reference, self.handle, prepared.pointers, None):
+            raise self.error(code)
+
+
+class Prepared(NamedTuple):
+    """Structures of one launch of a kernel: the driver's configuration, and the arguments with their addresses."""
+
+    kernel: Kernel
+    config: _Config
+    values: Any
+    pointers: Any
+    reference: Any
+
+
+class Varying(int):
+    """An address that each repetition of a :class:`Recording` gives anew: value number ``number`` of it.
+
+    >>> address = Varying(0x1000, 2)
+    >>> address == 0x1000, address.number
+    (True, 2)
+    """
+
+    number: int
+
+    def __new__(cls, value: int, number: int) -> Varying:
+        self = super().__new__(cls, value)
+        self.number = number
+        return self
+
+
+class Recording:
+    """Launches that were described once and are repeated with other addresses: ``recording(*values)``.
+
+    While it is entered, launches of this thread are added to it and not made. An argument that is a :class:`Varying`
+    becomes ``values[number]`` of each repetition. One thread at a time may repeat it.
+    """
+
+    def __init__(self) -> None:
+        self.launches: list[Prepared] = []
+        self.places: list[tuple[Any, int, int]] = []  # 64-bit words of the arguments of a launch, which, which value
+
+    def __enter__(self) -> Recording:
+        _recordings[threading.get_ident()] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del _recordings[threading.get_ident()]
+
+    def add(self, kernel: Kernel, grid: int, stream: int, arguments: tuple[Any, ...]) -> None:
+        """Another launch."""
+        prepared = kernel.prepare(grid, stream)
+        kernel.fill(prepared.values, 0, *arguments)
+        words, first = memoryview(prepared.values).cast("B").cast("Q"), ctypes.addressof(prepared.values)
+        for argument, place in zip(arguments, prepared.pointers, strict=True):
+            if isinstance(argument, Varying):
+                self.places.append((words, (place - first) // 8, argument.number))
+        self.launches.append(prepared)
+
+    def __call__(self, *values: int) -> None:
+        for words, place, number in self.places:
+            words[place] = values[number]
+        for kernel, _, _, pointers, reference in self.launches:
+            if code := kernel.enter(reference, kernel.handle, pointers, None):
+                raise kernel.error(code)
+
+
+_recordings: dict[int, Recording] = {}  # by thread
 
 
 def tensor_map(address: int, shape: Sequence[int], pitches: Sequence[int], box: Sequence[int], dtype: str) -> bytes:
@@ -299,8 +383,12 @@ def device_of(address: int) -> int:
 
 def capture_id(stream: int) -> int:
     """Number of the capture into a graph that ``stream`` is under, 0 if none."""
-    status, number = ctypes.c_int(), U64()
-    driver()("cuStreamGetCaptureInfo_v2", POINTER(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    call, status = driver(), ctypes.c_int()
+    # Every call of a layer asks: by the short question, and without the words of a general call.
+    if not call.library.cuStreamIsCapturing(POINTER(stream), ctypes.byref(status)) and not status.value:
+        return 0
+    number = U64()
+    call("cuStreamGetCaptureInfo_v2", POINTER(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
     return number.value if status.value else 0
 
 

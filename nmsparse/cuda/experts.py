@@ -6,6 +6,8 @@
 3. down of all experts;
 4. each token adds up its experts' rows, in fp32 and in the order of its choices (:mod:`~nmsparse.cuda.combine`).
 
+From sm_90 on these launches overlap (:func:`~nmsparse.cuda.launch.overlaps`).
+
 What depends on the routing stays on the device: the host knows how many tokens there are, and nothing waits. A CUDA
 graph of a call may be replayed with other tokens and other routings.
 
@@ -15,7 +17,8 @@ products: two launches, and two for each kind. The pairs of dropped experts get 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +29,7 @@ from .arena import arena
 from .array import DeviceArray
 from .combine import Combine
 from .config_route import MAX_EXPERTS, CombineConfig
+from .driver import Recording, Varying
 from .pack import DTYPES
 from .projection import Projection
 from .route import NO_COPY, Copy, Dispatch, Route, Sorted, plan_of_ends
@@ -35,6 +39,7 @@ __all__ = ["Experts", "grouped_matmul", "tile_of"]
 
 ROW = 8  # bytes of a plan for each expert
 WIDE, MANY = 2048, 100  # neurons of an expert, and tokens for each, from which on tokens are copied; benchmarks/LOG.md
+CALLS = 1024  # kinds of calls that a layer remembers
 FEW_TOKENS = 8  # what the kernel without a pipeline takes of each expert
 
 
@@ -99,13 +104,16 @@ class _Products(NamedTuple):
     down: list[tuple[Any, int]]
 
 
-class _Call(NamedTuple):
-    """What a call with one number of tokens and one kind of routing launches."""
+@dataclass
+class _Call:
+    """What calls with arrays of the same shapes and kinds launch."""
 
-    products: _Products
-    sort: Dispatch | Route
-    combine: Combine
-    places: tuple[int, ...]  # of slots, rows, plan, ids, weights, h, d and the copy of the tokens in the arena; its end
+    tokens: int
+    products: Any = None  # _Products
+    sort: Dispatch | Route | None = None
+    combine: Combine | None = None
+    places: tuple[int, ...] = ()  # of slots, rows, plan, ids, weights, h, d and the copied tokens in the arena; its end
+    recorded: dict[tuple[int, int, int], Recording] = field(default_factory=dict)  # by stream, arena and thread
 
 
 class Experts:
@@ -145,40 +153,58 @@ class Experts:
         outside of 0..E-1 are left out; that a token names an expert twice is not noticed (looking would wait for the
         device). Runs on the caller's current stream.
         """
-        return self.run(x, Given(array.view(topk_ids), array.view(topk_weights)))
+        return self.run(x, Given(array.comparable(topk_ids), array.comparable(topk_weights)))
 
     def run(self, x: Any, routing: Given | Logits, base: Any = None) -> Any:
-        """As a call, of any routing; ``base``, of the shape and kind of ``x``, is added before the sum is rounded."""
-        kind = array.kind_of(x)
-        view = kind.view(x)
-        tokens = self.check(view)
-        routing.check(tokens, self.experts, self.device)
-        y = kind.empty(x, tuple(view.shape), view.dtype)
-        if not tokens:
-            return y
-        key = tokens, base is not None, *routing.kind
+        """As a call, of any routing; ``base``, of the shape and kind of ``x``, is added before the sum is rounded.
+
+        A call is checked, and its launches described, when its like is first seen; then they are repeated.
+        """
+        x, arrays = array.comparable(x), routing.arrays
+        kind, kinds = array.kind_of(x), [array.kind_of(given) for given in arrays]
+        like = [of.signature(given) for of, given in zip(kinds, arrays, strict=False)]
+        key = base is not None, routing.settings, kind.signature(x), *like
         call = self.calls.get(key)
         if call is None:
-            call = self.calls[key] = self._prepare(tokens, routing, base is not None)
-        stream, products = kind.stream(x), call.products
+            if len(self.calls) >= CALLS:
+                self.calls.clear()
+            call = self.calls[key] = self._prepare(kind.view(x), routing, base is not None)
+        y = kind.like(x, x.shape)
+        if not call.tokens:
+            return y
+        at = kind.pointer(x)
+        if at % 16:
+            raise NMSparseError(f"experts: expected x at a multiple of 16 bytes, got {at:#x}; copy it")
+        stream = kind.stream(x)
         start = arena(self.device, stream, call.places[-1])
+        place = stream, start, threading.get_ident()
+        launches = call.recorded.get(place)
+        if launches is None:
+            launches = call.recorded[place] = self._record(call, kind.view(x), routing, stream, start)
+        given = [of.pointer(array) for of, array in zip(kinds, arrays, strict=False)]
+        launches(at, kind.pointer(y), 0 if base is None else kind.pointer(base), *given)
+        return y
+
+    def _record(self, call: _Call, x: DeviceArray, routing: Given | Logits, stream: int, start: int) -> Recording:
+        """The launches of a call: of x, y, base and the arrays of its routing."""
+        (at, y, base), routing = (Varying(0, number) for number in range(3)), routing.varying(3)
         slots, rows, plan, ids, weights, h, d, x_sorted, _ = (start + place for place in call.places)
-        pitch, pairs = view.strides[-2] if view.ndim > 1 and tokens > 1 else self.hidden, tokens * routing.top_k
-        source, copy = (view.pointer, pitch, tokens), NO_COPY
+        tokens, pairs, products = call.tokens, call.tokens * routing.top_k, call.products
+        pitch = x.strides[-2] if x.ndim > 1 and tokens > 1 else self.hidden
+        source, copy = (at, pitch, tokens), NO_COPY
         if products.copies:
-            source, copy = (x_sorted, self.hidden, pairs), Copy(view.pointer, x_sorted, pitch, self.hidden // 8)
+            source, copy = (x_sorted, self.hidden, pairs), Copy(at, x_sorted, pitch, self.hidden // 8)
         operands = routing.operands(ids, weights)
         order = 0 if self.order is None else self.order.pointer
-        call.sort(stream, *operands, Sorted(slots, rows, plan, start, order), tokens, products.tile_t, copy)
-        for part, launch in zip(self.parts, products.gate_up, strict=True):
-            part.gate_up(*launch, stream, *source, rows, plan + ROW * part.first, h)
-        for part, launch in zip(self.parts, products.down, strict=True):
-            part.down(*launch, stream, h, self.width, pairs, rows, plan + ROW * part.first, d)
-        shape = tuple(view.shape)
-        added = 0 if base is None else kind.address(base, shape, self.dtype)
-        to, pitches = kind.address(y, shape, self.dtype), self.hidden
-        call.combine(stream, d, pitches, slots, operands[-1], to, pitches, tokens, self.hidden, added, pitches)
-        return y
+        with Recording() as launches:
+            call.sort(stream, *operands, Sorted(slots, rows, plan, start, order), tokens, products.tile_t, copy)
+            for part, launch in zip(self.parts, products.gate_up, strict=True):
+                part.gate_up(*launch, stream, *source, rows, plan + ROW * part.first, h)
+            for part, launch in zip(self.parts, products.down, strict=True):
+                part.down(*launch, stream, h, self.width, pairs, rows, plan + ROW * part.first, d)
+            pitches = self.hidden  # y is new, and base another call's: both are aligned
+            call.combine(stream, d, pitches, slots, operands[-1], y, pitches, tokens, self.hidden, base, pitches)
+        return launches
 
     def configs(self, tokens: int, top_k: int) -> list[Any]:
         """The kernels that take long to compile, so that :func:`~nmsparse.cuda.launch.compile_all` can do it ahead."""
@@ -193,8 +219,6 @@ class Experts:
         tokens = x.size // self.hidden
         if x.strides[-1] != 1 or (tokens > 1 and (x.strides[-2] % 8 or (x.ndim > 2 and not x.contiguous))):
             raise NMSparseError(f"experts: expected x contiguous, or rows at multiples of 16 bytes; got {x!r}")
-        if x.pointer % 16:
-            raise NMSparseError(f"experts: expected x at a multiple of 16 bytes, got {x.pointer:#x}; copy it")
         return tokens
 
     def _products(self, tokens: int, top_k: int) -> _Products:
@@ -212,7 +236,11 @@ class Experts:
             down.append(part.down.plan(tile_t, False, *load))
         return _Products(tile_t, copies, gate_up, down)
 
-    def _prepare(self, tokens: int, routing: Given | Logits, base: bool) -> _Call:
+    def _prepare(self, x: DeviceArray, routing: Given | Logits, base: bool) -> _Call:
+        tokens, routing = self.check(x), routing.varying(0)
+        routing.check(tokens, self.experts, self.device)
+        if not tokens:
+            return _Call(0)
         pairs, products = tokens * routing.top_k, self._products(tokens, routing.top_k)
         combine = CombineConfig(routing.top_k, DTYPES[self.dtype.name], base)
         # Of slots, rows, plan, ids, weights, h, d, and the copy of the tokens.
@@ -221,7 +249,7 @@ class Experts:
             2 * pairs * self.width, 2 * pairs * self.hidden, 2 * pairs * self.hidden * products.copies,
         )  # fmt: skip
         sort = routing.launch(self.experts, self.device, products.copies, self.kept)
-        return _Call(products, sort, Combine(combine, self.device), tuple(places(*sizes)))
+        return _Call(tokens, products, sort, Combine(combine, self.device), tuple(places(*sizes)))
 
 
 def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:

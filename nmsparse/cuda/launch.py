@@ -25,7 +25,7 @@ from .config_grouped import GroupedConfig, GroupedGemvConfig
 from .config_mma import MmaConfig
 from .config_route import CombineConfig, DispatchConfig, EndsConfig, RouteConfig
 
-__all__ = ["arch_of", "compile_all", "compiled", "kernel_of", "model_of", "workspace"]
+__all__ = ["arch_of", "compile_all", "compiled", "kernel_of", "model_of", "overlaps", "workspace"]
 
 
 @functools.cache
@@ -45,6 +45,24 @@ def model_of(device: int) -> Device:
 def arch_of(device: int) -> str:
     """What ptxas calls the architecture of a GPU: "sm_90a" for an H200."""
     return model_of(device).arch
+
+
+def overlaps(device: int) -> bool:
+    """Whether a kernel may begin while the one launched before it on its stream still runs: sm_90 on.
+
+    Its start, and what it sets up in shared memory, then cost no time of their own. Such launches may share and reuse
+    any memory, because each thread of theirs waits for the end of the launch before (``await_previous``) ahead of its
+    first access to global memory. So a launch is not complete until the one before it is, and touches nothing until
+    all before it are: accesses of different launches are in the order of the stream, as if nothing overlapped, within
+    a layer and from one to the next. A launch of another kind, before or after these, is complete before the next one
+    begins, or begins when the one before it is complete.
+
+    A kernel lets the next one begin (``begin_next``) when it has waited itself, so that no more than two overlap. All
+    of its CTAs have their places by then: those of the next one, which keep theirs while they wait, take none away.
+
+    Source: CUDA Programming Guide, "Programmatic Dependent Launch and Synchronization"; PTX ISA, "griddepcontrol".
+    """
+    return int(arch_of(device).removeprefix("sm_").rstrip("a")) >= 90
 
 
 def _text(kernel: str, words: str, make: str = "make") -> Callable[[Any], Callable[..., None]]:
@@ -113,6 +131,7 @@ def kernel_of(config: Any, device: int) -> driver.Kernel:
         threads=config.threads,
         shared_bytes=config.shared_bytes + slack,
         cluster=getattr(config, "cluster", 1),
+        overlaps=getattr(config, "overlaps", False),
         what=str(config),
     )
 

@@ -6,6 +6,7 @@ stream and a tensor map. No Numba, no synchronisation, no allocation but the out
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ..errors import NMSparseError, UnsupportedDeviceError
@@ -21,7 +22,7 @@ from .pack import DTYPES, as_24, packed
 
 __all__ = ["Operand", "matmul", "operand"]
 
-MAPS = 512  # tensor maps remembered for each weight and number of tokens
+MAPS = 512  # tensor maps remembered for each weight and number of tokens, and kinds of tokens for each weight
 
 
 class Operand:
@@ -44,6 +45,7 @@ class Operand:
         self.gather = (pattern.v, pattern.m) if gathers else None
         self.indices = weight.indices
         self.blocks = packed(weight)
+        self.places: dict[tuple[Any, ...], tuple[int, int, tuple[int, ...]]] = {}  # of tokens, by their signature
         self.launches: dict[tuple[int, bool, int], Launch] = {}
 
     def runs(self, columns: int) -> tuple[int, int]:
@@ -64,9 +66,7 @@ class Launch:
         self.room = slots * sums, slots
 
     def partials(self, stream: int) -> tuple[int, int]:
-        """Addresses of the partial sums and flags, if the plan splits tiles."""
-        if not self.plan.split:
-            return 0, 0
+        """Addresses of the partial sums and flags of a plan that splits tiles."""
         space = launch.workspace(self.weight.device, stream, *self.room)
         return space.partial_pointer, space.flag_pointer
 
@@ -102,7 +102,7 @@ class GemmLaunch(Launch):
                 self.maps.clear()
             shape = self.tokens, weight.columns
             tensor_map = self.maps[place] = driver.tensor_map(x, shape, (2 * pitch,), self.box, weight.kind)
-        partial, flags = self.partials(stream)
+        partial, flags = self.partials(stream) if self.plan.split else (0, 0)
         self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, partial, flags, *self.tail)
 
 
@@ -118,7 +118,8 @@ class MmaLaunch(Launch):
         weight = self.weight
         addresses = weight.blocks.pointer, x, self.index, y, bias
         sizes = weight.rows, self.tokens, weight.columns, self.k_blocks, pitch, weight.rows
-        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.tail)
+        partials = self.partials(stream) if self.plan.split else (0, 0)
+        self.kernel(self.grid, stream, *addresses, *partials, *sizes, *self.tail)
 
 
 class GemvLaunch(Launch):
@@ -161,30 +162,32 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
     order in every call. Raises :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do not fit.
     """
     kind = array.kind_of(x)
-    view = kind.view(x)
+    if kind.signature is None:
+        x = kind.view(x)
+        kind = array.kind_of(x)
     sparse, weight = weight, operand(weight)
-    shape, pointer = view.shape, view.pointer
-    if shape[-1] != weight.columns or view.dtype != weight.dtype or view.device != weight.device:
-        raise _mismatch(view, weight)
-    tokens = view.size // weight.columns if len(shape) != 2 else shape[0]
-    pitch = _row_pitch(view)
-    lead = shape[:-1]
-    wanted = (*lead, weight.rows)
+    like = kind.signature(x)
+    place = weight.places.get(like)
+    if place is None:
+        if len(weight.places) >= MAPS:
+            weight.places.clear()
+        place = weight.places[like] = _place(kind.view(x), weight)
+    tokens, pitch, wanted = place
     if out is None:
-        out = kind.empty(x, wanted, weight.dtype)
-        kind_out = kind
+        out = kind.like(x, wanted)
+        to = kind.pointer(out)
     else:
-        kind_out = array.kind_of(out)
-    to = kind_out.address(out, wanted, weight.dtype)
-    if to is None:
-        held = array.view(out)
-        raise NMSparseError(f"matmul: expected out as contiguous {weight.dtype.name}{[*wanted]}, got {held!r}")
+        to = array.kind_of(out).address(out, wanted, weight.dtype)
+        if to is None:
+            held = array.view(out)
+            raise NMSparseError(f"matmul: expected out as contiguous {weight.dtype.name}{[*wanted]}, got {held!r}")
     if not tokens or not weight.rows:
         return out
     if pitch < 0:
-        for i in range(shape[0]):
+        for i in range(wanted[0]):
             matmul(x[i], sparse, out=out[i], bias=bias, config=config)
         return out
+    pointer = kind.pointer(x)
     if config is None:
         # What the copy engine needs of an address and a pitch, 16 bytes; what 32-bit loads need, 4.
         odd = pointer | 2 * pitch
@@ -196,6 +199,14 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
         ready = LAUNCHES[type(config.config)](weight, config, tokens)
     ready(kind.stream(x), pointer, pitch, to, 0 if bias is None else _bias(bias, weight))
     return out
+
+
+def _place(x: DeviceArray, weight: Operand) -> tuple[int, int, tuple[int, ...]]:
+    """Tokens of ``x``, elements between them, and the shape of their product."""
+    shape = tuple(x.shape)
+    if shape[-1:] != (weight.columns,) or x.dtype != weight.dtype or x.device != weight.device:
+        raise _mismatch(x, weight)
+    return math.prod(shape[:-1]), _row_pitch(x), (*shape[:-1], weight.rows)
 
 
 def _choose(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ..formats import SparseArray
@@ -103,7 +104,7 @@ class Projection:
         sms, most = launch.model_of(self.device).sms, min(self.experts, pairs)
         config = self.choose(tile_t, gather, active * max(1.0, share * pairs / active / tile_t), few, sms)
         if isinstance(config, GroupedGemvConfig):
-            return config, most * self.row_blocks * 4
+            return replace(config, overlaps=launch.overlaps(self.device)), most * self.row_blocks * 4
         return config, min(sms, (pairs // tile_t + most) * -(-self.row_blocks // config.warpgroups))
 
     def weight_map(self, config: GroupedConfig) -> bytes:

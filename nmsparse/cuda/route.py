@@ -94,7 +94,7 @@ class _Launch:
             raise NMSparseError(f"route: expected fewer than {MAX_TOKENS} tokens and 2**30 slots, got {tokens} tokens")
         threads = FEW_THREADS if 32 * work <= FEW_THREADS else self.config.most_threads
         if threads not in self._kernels:
-            config = replace(self.config, threads=threads)
+            config = replace(self.config, threads=threads, overlaps=launch.overlaps(self.device))
             self._kernels[threads] = launch.kernel_of(config, self.device), config.chunk
         kernel, chunk = self._kernels[threads]
         alone = work <= TOKENS_OF_A_WARP * threads // 32 and not self.config.copies

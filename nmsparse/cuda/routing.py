@@ -1,8 +1,9 @@
 """What says where tokens go: ids and weights that are given, or the logits of a router. Either is one launch.
 
 Both answer the same questions, so that what follows (:mod:`~nmsparse.cuda.experts`) need not know which it is:
-``top_k``, ``check`` (does it fit the tokens?), ``kind`` (all that a launch depends on, but for the layer), ``launch``
-(for a layer) and ``operands`` (the addresses that a call of it begins with).
+``arrays`` (of the caller), ``settings`` (what a launch depends on beside them and the layer), ``varying`` (itself, with
+addresses that a recording replaces); and of that ``top_k``, ``check`` (does it fit the tokens?), ``launch`` (for a
+layer) and ``operands`` (the addresses that a call of it begins with).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .arena import COUNTER_BYTES, arena
 from .array import DeviceArray
 from .config_route import DispatchConfig, RouteConfig
 from .dlpack import BFLOAT16
+from .driver import Varying
 from .route import Dispatch, Route, Sorted
 
 __all__ = ["IDS", "Given", "Logits", "logits_of", "places", "route"]
@@ -32,19 +34,31 @@ def _names(dtypes: Iterable[np.dtype]) -> str:
     return " or ".join(dtype.name for dtype in dtypes)
 
 
+def _varying(given: Any, number: int) -> DeviceArray:
+    """A view of ``given`` whose address is value ``number`` of a recording."""
+    held = array.view(given)
+    return DeviceArray(Varying(held.pointer, number), held.shape, held.dtype, held.device, held, held.strides)
+
+
 class Given(NamedTuple):
     """``ids`` int32 or int64 and ``weights`` float32, float16 or bfloat16, both ``(…, k)`` in C order."""
 
-    ids: DeviceArray
-    weights: DeviceArray
+    ids: Any
+    weights: Any
+
+    settings = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        return self
+
+    def varying(self, first: int) -> Given:
+        """Views of the arrays, which are the values from number ``first`` on of a recording."""
+        return Given(_varying(self.ids, first), _varying(self.weights, first + 1))
 
     @property
     def top_k(self) -> int:
         return self.ids.shape[-1]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        return self.ids.shape[-1], self.ids.dtype, self.weights.dtype
 
     def check(self, tokens: int, experts: int, device: int) -> None:
         """Raise NMSparseError unless this routes ``tokens`` tokens on GPU number ``device``."""
@@ -84,12 +98,21 @@ class Logits(NamedTuple):
     bias: DeviceArray | None = None
 
     @property
-    def top_k(self) -> int:
-        return self.router.top_k
+    def settings(self) -> Any:
+        return self.router
 
     @property
-    def kind(self) -> tuple[Any, ...]:
-        return self.router, self.logits.dtype, self.bias is not None
+    def arrays(self) -> tuple[Any, ...]:
+        return (self.logits,) if self.bias is None else (self.logits, self.bias)
+
+    def varying(self, first: int) -> Logits:
+        """The same arrays as the values from number ``first`` on of a recording."""
+        bias = None if self.bias is None else _varying(self.bias, first + 1)
+        return Logits(_varying(self.logits, first), self.router, bias)
+
+    @property
+    def top_k(self) -> int:
+        return self.router.top_k
 
     def check(self, tokens: int, experts: int, device: int) -> None:
         """Raise NMSparseError unless this routes ``tokens`` tokens among ``experts`` on GPU number ``device``."""

@@ -12,7 +12,7 @@ from ..errors import require
 
 require("torch", "torch")
 
-from . import train  # noqa: E402
+from . import routing, train  # noqa: E402, F401
 from .arrays import forget  # noqa: E402
 from .buffers import as_array, as_tensor  # noqa: E402
 from .compact import compact_  # noqa: E402

@@ -10,6 +10,7 @@ those through ``tensor.data`` are not counted by torch, and on a GPU need :func:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,28 @@ class _Entry(NamedTuple):
     storage: StorageWeakRef
     array: SparseArray  # of compact weights the kernels' projection
     experts: dict[str, SparseExperts]  # by activation, if the array is a gate and up projection
+    shape: list[int]
+    seen: tuple[Any, ...] = ()  # weak references to the tensors, and their versions: quicker for who has the same ones
+
+    def is_of(self, values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> bool:
+        """Whether these are the very tensors that the entry was made of, unchanged."""
+        if not self.seen:
+            return False
+        first, second, third, version, version_of_meta, others = self.seen
+        return (
+            first() is values
+            and second() is meta
+            and values._version == version
+            and meta._version == version_of_meta
+            and (indices is None if third is None else third() is indices and others == _state(indices))
+            and self.state[0] == pattern
+            and self.shape == shape
+        )
+
+
+def _seen(values: Tensor, meta: Tensor, indices: Tensor | None) -> tuple[Any, ...]:
+    third, others = (None, None) if indices is None else (weakref.ref(indices), _state(indices))
+    return weakref.ref(values), weakref.ref(meta), third, values._version, meta._version, others
 
 
 _entries: dict[tuple[int, int], _Entry] = {}
@@ -68,7 +91,8 @@ def experts_of(gate_up: Buffers, down: Buffers, activation: str) -> SparseExpert
 def remember(buffers: Buffers, array: Any, experts: dict[str, SparseExperts]) -> None:
     """From now on ``buffers`` stand for ``array``, the first or second weight of ``experts``: for compact weights."""
     values, meta, indices, pattern, shape = buffers
-    entry = _Entry(_state_of(values, meta, indices, pattern, shape), _storage(values), array, experts)
+    state, seen = _state_of(values, meta, indices, pattern, shape), _seen(values, meta, indices)
+    entry = _Entry(state, _storage(values), array, experts, [*shape], seen)
     _entries[values.data_ptr(), meta.data_ptr()] = entry
 
 
@@ -79,15 +103,17 @@ def forget() -> None:
 
 
 def _entry(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> _Entry:
-    if values.is_inference() or meta.is_inference():  # torch counts no versions of these
-        return _Entry((), _storage(values), _build(values, meta, indices, pattern, shape), {})
     key = values.data_ptr(), meta.data_ptr()
-    state = _state_of(values, meta, indices, pattern, shape)
     entry = _entries.get(key)
+    if entry is not None and entry.is_of(values, meta, indices, pattern, shape):
+        return entry
+    if values.is_inference() or meta.is_inference():  # torch counts no versions of these
+        return _Entry((), _storage(values), _build(values, meta, indices, pattern, shape), {}, [*shape])
+    state = _state_of(values, meta, indices, pattern, shape)
     if entry is not None and entry.state == state and not entry.storage.expired():
         return entry
     array = _build(values, meta, indices, pattern, shape)
-    entry = _Entry(state, _storage(values), array, {})
+    entry = _Entry(state, _storage(values), array, {}, [*shape], _seen(values, meta, indices))
     for place, old in list(_entries.items()):
         if old.storage.expired():
             _entries.pop(place, None)

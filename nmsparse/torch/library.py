@@ -9,6 +9,8 @@ of a call. Every op has a fake and a gradient; how gradients are made is in :mod
 ``grouped_linear``        ``x`` (S, K), ``offsets`` (E,) cumulative ends → (S, M)
 ``experts``               ``x`` (…, H), ``ids`` and ``weights`` (…, k) → like ``x``
 ========================  ===========================================================================
+
+``nmsparse::route``, which has no gradient, is in :mod:`nmsparse.torch.routing`.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ def experts(x: Tensor, ids: Tensor, weights: Tensor, *projections: Any) -> Tenso
     """What ``nmsparse::experts`` runs."""
     layer = experts_of(projections[:5], projections[5:10], projections[10])
     if x.is_cuda:  # the kernels want them in C order
-        return layer(x.contiguous(), ids.contiguous(), weights.contiguous())
+        return (layer._gpu or layer)(x.contiguous(), ids.contiguous(), weights.contiguous())
     return layer(x, ids, weights)
 
 

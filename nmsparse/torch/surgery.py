@@ -116,8 +116,9 @@ def _tell_transformers(model: nn.Module) -> None:
 
         mark(model)
     elif any(holds_experts(module) for module in model.modules()):
-        from . import hf  # noqa: F401  (registers the implementation)
+        from .hf import fuse_routers_  # and registers the implementation
 
         for module in model.modules():
             if holds_experts(module):
                 module.config._experts_implementation = "nmsparse"
+        fuse_routers_(model)

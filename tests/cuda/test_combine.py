@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import disassembled
+from machine_code import assert_overlaps, disassembled
 
 from nmsparse import NMSparseError
 from nmsparse.cuda import launch
@@ -18,6 +19,7 @@ from nmsparse.cuda.array import from_host
 from nmsparse.cuda.combine import Combine
 from nmsparse.cuda.config_route import CombineConfig
 from nmsparse.cuda.kernels import combine as kernels
+from nmsparse.cuda.tile.cpu import KernelError
 from nmsparse.cuda.tile.cpu import combine as twin
 
 DTYPES = {"f16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -113,6 +115,8 @@ MISTAKES = {
     "stored too long": ("tile.choose(exists, left, 0)", "tile.choose(exists, 8, 0)"),
     "sums begin anew": ("sums = tile.add_rows(sums,", "sums = tile.add_rows(tile.zeros(),"),
     "not rounded, but the first row": ("tile.round(sums)", "rows[0]"),
+    "the previous launch not awaited": ("tile.await_previous()", "pass"),
+    "slots read too early": ("tile.await_previous()", "tile.load_slots(slots_gmem, token, 0); tile.await_previous()"),
 }
 
 
@@ -131,7 +135,7 @@ def test_a_planted_mistake_is_found(mistake):
             check(y, *inputs, 21, "f16")
 
         if fails:
-            with pytest.raises(AssertionError):
+            with pytest.raises((AssertionError, KernelError)):
                 attempt()
         else:
             attempt()
@@ -151,10 +155,11 @@ def test_combine_chooses_by_alignment(monkeypatch, columns, pitch, shift, aligne
         return lambda *arguments: launches.append((config, arguments))
 
     monkeypatch.setattr(launch, "kernel_of", kernel_of)
+    monkeypatch.setattr(launch, "overlaps", lambda device: True)
     combine = Combine(CombineConfig(4, "bf16", base=True), 0)
     for _ in range(2):
         combine(7, 4096, pitch, 101, 102, 8192, pitch, 33, columns, 1024 + shift, pitch)
-    config = CombineConfig(4, "bf16", base=True, aligned=aligned)
+    config = CombineConfig(4, "bf16", base=True, aligned=aligned, overlaps=True)
     pieces = -(-columns // 8)
     sizes = 33, columns, pieces, pitch, pitch, pitch
     assert launches == [(config, (-(-33 * pieces // 128), 7, 4096, 101, 102, 1024 + shift, 8192, *sizes))] * 2
@@ -183,12 +188,14 @@ def test_it_compiles_without_spills(cfg, arch, tmp_path):
     pytest.importorskip("numba_cuda", reason="needs numba-cuda", exc_type=ImportError)
     from nmsparse.cuda import compiler
 
+    cfg = replace(cfg, overlaps=arch != "sm_80")
     cubin = compiler.compile_kernel(launch.TEXTS[type(cfg)](cfg), cfg.signature, arch, threads=cfg.threads)
     used = cubin.resources()
     assert used["spill_stores"] == used["spill_loads"] == used["stack"] == 0
     assert 0 < used["registers"] <= (80 if cfg.aligned else 128)  # six, or four blocks on an SM
     code = disassembled(cubin.code, tmp_path)
     assert not re.search(r"\b(LDL|STL)\b", code)
+    assert_overlaps(code, cfg.overlaps)
     if cfg.aligned:
         loads = [match.start() for match in re.finditer(r"\bLDG\.E\.128", code)]
         assert len(loads) % cfg.batch == cfg.base and re.search(r"\bSTG\.E\.128", code)

@@ -8,6 +8,7 @@ from itertools import cycle
 
 import pytest
 from kernel_texts import opcodes_of
+from machine_code import assert_overlaps
 
 from nmsparse.cuda import launch
 from nmsparse.cuda.config import SHIPPED, SHIPPED_SAMOYEDS, GemmConfig
@@ -112,6 +113,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     assert used["registers"] <= 65536 // cfg.threads // 8 * 8
 
     opcodes, families = opcodes_of(cubin, tmp_path)
+    assert_overlaps(" ".join(opcodes), isinstance(cfg, GroupedConfig))
     assert not expected(cfg) - set(families), f"expected {expected(cfg)} among {sorted(families)}"
     assert not {"LDL", "STL"} & set(families), "sums in local memory"
     dense = getattr(cfg, "dense", False)
@@ -143,6 +145,6 @@ def test_the_two_vocabularies_are_the_same(twin, device, cfg):
     on_cpu, on_gpu = vars(twin.make(cfg)), vars(device.make(cfg))
     words = {word for word in on_gpu if not word.startswith("__")}
     assert words == set(on_cpu)
-    for word in words - {"PRODUCER", "inline", "accumulator", "token_registers"}:
+    for word in words - {"PRODUCER", "inline", "accumulator", "token_registers", "await_previous", "begin_next"}:
         arguments = list(inspect.signature(on_gpu[word].py_func).parameters)
         assert ["role", *arguments] == list(inspect.signature(on_cpu[word]).parameters), word

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken, opcodes_of
+from machine_code import assert_overlaps
 
 import nmsparse
 from nmsparse import reference
@@ -147,6 +148,8 @@ def test_the_plan_gives_every_token_and_row_tile_once(counts, row_tiles, group):
 MISTAKES = {
     "no end of the plan": ("if tile.number() < tile.tiles(plan_gmem, experts, slabs):", "if True:"),
     "the plan ends early": ("tile.number() < tile.tiles", "tile.number() + 1 < tile.tiles"),
+    "the previous launch not awaited": ("tile.await_previous()", "pass"),
+    "the previous launch awaited by a warp": ("tile.await_previous()", "tile.first_block() or tile.await_previous()"),
     "blocks for slabs": ("row_blocks * 4", "row_blocks"),
     "weights of the first expert": ("weights_of(w_gmem, expert,", "weights_of(w_gmem, 0,"),
     "picks of the first expert": ("picks(picks_gmem, expert,", "picks(picks_gmem, 0,"),
@@ -210,6 +213,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     from nmsparse.cuda import launch
 
     assert not cfg.problems()
+    cfg = replace(cfg, overlaps=True)
     cubin = launch.compiled(cfg, "sm_90a")
     used = cubin.resources()
     assert used["spill_stores"] == used["spill_loads"] == used["stack"] == 0
@@ -217,6 +221,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     opcodes, families = opcodes_of(cubin, tmp_path)
     assert sum(opcode.startswith("HMMA.SP.16832.F32") for opcode in opcodes) == 2 * cfg.batch
     assert not {"LDL", "STL"} & set(families)
+    assert_overlaps(" ".join(opcodes))
 
 
 def test_a_config_says_what_is_wrong():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 import nmsparse
 from nmsparse import NMSparseError, UnsupportedDeviceError
-from nmsparse.cuda import array
+from nmsparse.cuda import array, launch
 from nmsparse.cuda.array import DeviceArray, from_host
 from nmsparse.cuda.config_route import CombineConfig, DispatchConfig, RouteConfig
 from nmsparse.moe import MoELayer, Router, SparseExperts, route
@@ -145,6 +146,13 @@ def test_wide_experts_copy_their_tokens_when_they_route(launched):
     made["router"] = Router(4, renormalize=True)
     close(on_gpu(made)(from_host(x)).numpy(), MoELayer(**made)(x))
     assert launched[0].copies and not launched[1].gather
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120"])
+def test_launches_overlap_where_they_can(launched, monkeypatch, arch):
+    monkeypatch.setattr(launch, "model_of", lambda device: replace(launch.H200, arch=arch))
+    on_gpu(parts("mixtral", pattern="2:4"))(from_host(tokens_of(1)))
+    assert [config.overlaps for config in launched] == 4 * [arch in ("sm_90a", "sm_120")]
 
 
 KINDS = ["2:4", "dense", "samoyeds:1:2:64", "drop", "2:4", "dense", "drop", "2:4"]

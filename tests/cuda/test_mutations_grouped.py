@@ -101,7 +101,12 @@ FIND = "tile.find_tokens(tokens, rows_gmem, first, end, x_pitch)"
 PLACE = "tile.place(tile.nth(index), row_tiles, plan_gmem, experts)"
 MINE = f"{PLACE}\n                picks"  # of the consumers
 LOOP = "range(tile.share(tiles))"
+AWAIT = "tile.await_previous()"
+EARLY = KernelError, "touches global memory, which the previous launch may; say await_previous"
 OF_GROUPED = [
+    ("the previous launch not awaited", AWAIT, "pass", *EARLY),
+    ("the previous launch awaited by one role", AWAIT, f"if tile.role() == 0: {AWAIT}", *EARLY),
+    ("the plan read too early", AWAIT, f"tile.tiles(plan_gmem, experts, 1); {AWAIT}", *EARLY),
     ("weights of one expert", "w_gmem, expert,", "w_gmem, 0,", *WRONG),
     ("weights of the next expert", "w_gmem, expert,", "w_gmem, expert + 1,", KernelError, "not among the"),
     ("weights of another row tile", WEIGHTS, WEIGHTS.replace("row,", "0,"), *WRONG),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine_code import disassembled
+from machine_code import assert_overlaps, disassembled
 
 from nmsparse import NMSparseError
 from nmsparse.cuda import launch, route
@@ -259,6 +259,7 @@ def test_an_id_of_64_bits_is_not_cut_off():
 
 # --- planted mistakes ------------------------------------------------------------------------------------------------
 
+AWAIT, EARLY = "tile.await_previous()", "touches global memory, which the previous launch may; say await_previous"
 RACE, TWICE, UNKNOWN = "at the same time", "is stored again|stores twice", "before anything was stored"
 WRONG = AssertionError, "not equal|Not equal to tolerance|not a permutation"
 
@@ -278,6 +279,10 @@ class Mutant:
 
 BARRIER = "tile.barrier()\n"
 MUTANTS = [
+    Mutant("the previous launch not awaited", AWAIT, "pass", KernelError, EARLY),
+    Mutant("awaited by the first warp", AWAIT, f"if not tile.first_token(): {AWAIT}", KernelError, EARLY),
+    Mutant("counters used too early", AWAIT, f"tile.reserve(counter_gmem); {AWAIT}", KernelError, EARLY),
+    Mutant("not awaited by dispatch", AWAIT, "pass", KernelError, EARLY, given=True),
     Mutant("counts not cleared", "tile.clear()", "pass", KernelError, UNKNOWN),
     Mutant("no barrier after the clear", BARRIER, "pass\n", KernelError, f"{RACE}|{UNKNOWN}"),
     Mutant("no barrier after the count", BARRIER + "        tile.reserve", "tile.reserve", KernelError, RACE),
@@ -468,12 +473,14 @@ def test_it_compiles_without_spills(cfg, arch, tmp_path):
     pytest.importorskip("numba_cuda", reason="needs numba-cuda", exc_type=ImportError)
     from nmsparse.cuda import compiler
 
+    cfg = replace(cfg, overlaps=arch != "sm_80")
     cubin = compiler.compile_kernel(launch.TEXTS[type(cfg)](cfg), cfg.signature, arch, threads=cfg.threads)
     used = cubin.resources()
     assert used["spill_stores"] == used["spill_loads"] == used["stack"] == 0
     assert 0 < used["registers"] <= 64 * 1024 // cfg.most_threads and cfg.threads <= cfg.most_threads
     code = disassembled(cubin.code, tmp_path)
     assert not re.search(r"\b(LDL|STL)\b", code)
+    assert_overlaps(code, cfg.overlaps)
     if arch != "sm_80":  # which has shuffles of lanes that are not together out of line
         assert not re.search(r"\bCALL\b", code), "a division of 64 bits, or one that is exactly rounded"
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 from ...errors import require
 from .. import bar
+from ..gpu import host_time
 
-__all__ = ["host_time", "host_times"]
+__all__ = ["host_times"]
 
 BARS = {"linear": 15, "experts": 40}  # µs
 
@@ -29,17 +28,3 @@ def host_times() -> list[dict[str, Any]]:
         calls = {"linear": lambda: linear(wide, single), "experts": lambda: layer(x, ids, weights)}
         found = {name: host_time(call) for name, call in calls.items()}
     return [bar(f"host time of nmsparse.torch.{n}, µs", found[n], BARS[n], at_least=False) for n in BARS]
-
-
-def host_time(call: Callable[[], Any], rounds: int = 200, calls: int = 5) -> float:
-    """Median over ``rounds`` of the mean time on the host of a call, in µs; a round begins with an idle GPU, whose
-    queue ``calls`` do not fill."""
-    torch, times = require("torch", "torch"), []
-    call()
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-    return sorted(times)[rounds // 2] * 1e6

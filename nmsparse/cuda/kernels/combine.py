@@ -22,6 +22,8 @@ def make_combine(tile: Any, cfg: Any) -> Any:
         token, piece, exists = tile.place(tokens, pieces)
         column, left = piece * 8, columns - piece * 8
         sums = tile.zeros()
+        tile.await_previous()
+        tile.begin_next()
         for first in range(0, TOP_K, BATCH):
             slots = tile.load_slots(slots_gmem, token, first)
             weights = tile.load_weights(weights_gmem, token, first, slots)

@@ -21,6 +21,8 @@ def make_gemv_grouped(tile: Any, cfg: Any) -> Any:
         experts, rows, row_blocks, k_blocks, columns, x_pitch, outputs, y_pitch, run_blocks, runs,
     ):  # fmt: skip
         slabs = row_blocks * 4
+        tile.await_previous()
+        tile.begin_next()
         if tile.number() < tile.tiles(plan_gmem, experts, slabs):
             expert, slab, first, end = tile.place(tile.number(), slabs, plan_gmem, experts)
             weights = tile.weights_of(w_gmem, expert, row_blocks, k_blocks)

@@ -18,8 +18,10 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
     its tokens from wherever they are. What a run is, :mod:`~.samoyeds` says; other weights have a single one. A tile
     with few tokens, as the last one of an expert often is, gets instructions for as few.
     """
-    products = _runs if cfg.pairs else _sum
-    whole, few = products(tile, tile.multiply, True), products(tile, tile.multiply_few, False)
+    if cfg.pairs:
+        whole, few = _runs(tile, tile.multiply, turns=True), _runs(tile, tile.multiply_few, turns=False)
+    else:
+        whole, few = _sum(tile, tile.multiply), _sum(tile, tile.multiply_few)
     FEW = cfg.few if cfg.few < cfg.tile_t else 0
 
     def grouped(
@@ -27,6 +29,8 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
         experts, rows, row_blocks, k_blocks, columns, x_pitch, outputs, y_pitch, run_steps, runs,
     ):  # fmt: skip
         ring = tile.ring()
+        tile.await_previous()
+        tile.begin_next()
         row_tiles, steps = tile.grid(row_blocks, k_blocks)
         tiles = tile.tiles(plan_gmem, experts, row_tiles)
         role = tile.role()
@@ -92,7 +96,7 @@ def _runs(tile: Any, multiply: Any, turns: bool) -> Any:
     return products
 
 
-def _sum(tile: Any, multiply: Any, turns: bool) -> Any:
+def _sum(tile: Any, multiply: Any) -> Any:
     """The sums of a tile of other weights by ``multiply``, the products of two steps under way; returns the turn after
     its last."""
 

@@ -37,6 +37,8 @@ def make_route(tile: Any, cfg: Any) -> Any:
         scores, ranks = tile.scores(), tile.ranks()
         tile.clear()
         tile.barrier()
+        tile.await_previous()
+        tile.begin_next()
         token = tile.first_token()
         while token < tokens:
             tile.load_logits(scores, logits_gmem, token, pitch)
@@ -79,6 +81,8 @@ def make_dispatch(tile: Any, cfg: Any) -> Any:
         slots = tokens * TOP_K
         tile.clear()
         tile.barrier()
+        tile.await_previous()
+        tile.begin_next()
         for turn in range(tile.turns(slots)):
             slot = tile.slot(turn)
             exists = slot < slots

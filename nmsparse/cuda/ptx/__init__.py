@@ -5,7 +5,7 @@
 ``mma``          warp products, dense and sparse
 ``matrix``       8×8 matrices between shared memory and registers: ldmatrix, stmatrix, movmatrix
 ``copy``         cp.async, bulk copies and tensor copies in both directions, multicast
-``barrier``      mbarrier, named barriers, cluster barriers
+``barrier``      mbarrier, named barriers, cluster barriers, waits between grids
 ``memory``       loads, stores, atomics, fences, conversions, redux, vote, setmaxnreg
 ``warp``         shuffles and reductions over the lanes of a warp
 ``arithmetic``   additions under a predicate

@@ -1,4 +1,4 @@
-"""Barriers: mbarrier objects in shared memory, named barriers of a block, barriers of a cluster.
+"""Barriers: mbarrier objects in shared memory, named barriers of a block, barriers of a cluster, and between grids.
 
 An mbarrier counts arrivals and bytes; when both are complete its phase flips. A wait names the parity of the phase it
 waits for. Source: PTX ISA, "Parallel Synchronization and Communication Instructions".
@@ -15,6 +15,8 @@ __all__ = [
     "cluster_arrive",
     "cluster_wait",
     "expect_bytes",
+    "grid_launch",
+    "grid_wait",
     "init",
     "named_arrive",
     "named_barrier",
@@ -75,3 +77,8 @@ def named_arrive(threads: int) -> Instruction:
 warp_barrier = Instruction("bar.warp.sync 0xffffffff;", section="bar.warp.sync")
 cluster_arrive = Instruction("barrier.cluster.arrive.aligned;", section="barrier.cluster", arch=90)
 cluster_wait = Instruction("barrier.cluster.wait.aligned;", section="barrier.cluster", arch=90)
+# Between launches with programmatic stream serialization. The grids before this one are complete and what they wrote
+# is visible; without such a launch, nothing.
+grid_wait = Instruction("griddepcontrol.wait;", section="griddepcontrol", arch=90)
+# The grid after this one may begin when all CTAs have issued this or have ended; the first of a CTA's threads counts.
+grid_launch = Instruction("griddepcontrol.launch_dependents;", section="griddepcontrol", arch=90)

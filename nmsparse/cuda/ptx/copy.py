@@ -9,10 +9,7 @@ from .instruction import Instruction, check, one_of
 
 __all__ = [
     "arrive_when_done",
-    "bulk_commit",
     "bulk_load",
-    "bulk_store",
-    "bulk_wait_read",
     "commit",
     "copy_row",
     "cp_async",
@@ -89,19 +86,6 @@ def bulk_load(hint: str | None = None) -> Instruction:
         section="cp.async.bulk",
         arch=90,
     )
-
-
-# Contiguous bytes to global memory, 16-byte aligned, asynchronously. Inputs: global, shared, bytes.
-bulk_store = Instruction(
-    "cp.async.bulk.global.shared::cta.bulk_group [$0], [$1], $2;",
-    inputs=("u64", "u32", "u32"),
-    section="cp.async.bulk",
-    arch=90,
-)
-# Makes one group of the bulk stores that this thread has started.
-bulk_commit = Instruction("cp.async.bulk.commit_group;", section="cp.async.bulk.commit_group", arch=90)
-# Blocks until this thread's bulk stores have read their shared memory.
-bulk_wait_read = Instruction("cp.async.bulk.wait_group.read 0;", section="cp.async.bulk.wait_group", arch=90)
 
 
 def tensor_load(*, axes: int = 2, multicast: bool = False, hint: str | None = None) -> Instruction:

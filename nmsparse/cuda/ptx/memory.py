@@ -86,7 +86,7 @@ load_if = Instruction(
 
 
 def load_where(kind: str, count: int = 1) -> Instruction:
-    """``count`` values from global memory that no kernel writes meanwhile, or zeros where they must not be read.
+    """``count`` values from global memory, or zeros where they must not be read.
 
     Inputs: the address, 0 or not. A select after a load would wait for it before the next load could begin.
 
@@ -98,7 +98,7 @@ def load_where(kind: str, count: int = 1) -> Instruction:
     zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(count))
     return Instruction(
         f"{{ .reg .pred take; setp.ne.u32 take, ${count + 1}, 0; {zeros} "
-        f"@take ld.global.nc{vector}.{kind} {_vector(count, 0)}, [${count}]; }}",
+        f"@take ld.global{vector}.{kind} {_vector(count, 0)}, [${count}]; }}",
         results=(kind,) * count,
         inputs=("u64", "u32"),
         section="ld",

@@ -122,6 +122,10 @@ The words for the ring, the sums, runs and turns that the text says are those ab
 begins; tiles count from there. With ``gather``, the token of a position s is ``x_gmem[rows_gmem[s]]``; without,
 ``x_gmem[s]``.
 
+``await_previous()`` : all
+    Until the launch before this one is complete; said before anything in global memory is read or written.
+``begin_next()`` : all
+    The next launch may begin, and await the end of this one (:func:`nmsparse.cuda.launch.overlaps`).
 ``share(tiles)`` : all
     How many of the tiles this CTA has (:func:`~nmsparse.cuda.schedule.share`).
 ``nth(index)`` : all

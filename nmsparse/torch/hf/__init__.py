@@ -11,5 +11,6 @@ require("transformers", "torch")
 
 from .experts import experts_forward  # noqa: E402
 from .loading import NMSparseConfig, from_pretrained, mark  # noqa: E402
+from .routers import fuse_routers_, router_of  # noqa: E402
 
-__all__ = ["NMSparseConfig", "experts_forward", "from_pretrained", "mark"]
+__all__ = ["NMSparseConfig", "experts_forward", "from_pretrained", "fuse_routers_", "mark", "router_of"]

@@ -22,6 +22,7 @@ from ...io.checkpoint import INDEX
 from ..layout import alternate, holds_experts, projections, put_, shape_of
 from ..modules import SparseLinear
 from ..weight import SparseWeight
+from .routers import fuse_routers_
 
 __all__ = ["NMSparseConfig", "NMSparseQuantizer", "from_pretrained", "mark"]
 
@@ -115,6 +116,7 @@ def mark(model: PreTrainedModel) -> None:
     """Make ``model`` run its sparse experts, and ``save_pretrained`` write down which weights are sparse."""
     weights = {name: module.pattern for name, module in model.named_modules() if isinstance(module, SparseWeight)}
     model.set_experts_implementation(METHOD if weights else None)  # None: the default of transformers
+    fuse_routers_(model)
     if weights:
         model.config.quantization_config = NMSparseConfig(weights)
         model.hf_quantizer = NMSparseQuantizer(model.config.quantization_config, pre_quantized=True)

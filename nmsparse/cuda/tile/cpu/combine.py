@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import elements
+from .overlap import overlapping
 
 __all__ = ["make", "run"]
 
@@ -68,4 +69,4 @@ def make(cfg: Any, grid: int) -> SimpleNamespace:
             return tuple(sums.astype(dtype).view(np.uint32).T)
 
     words = place, load_slots, load_weights, load_row, load_rows, store_row, zeros, add, add_rows
-    return SimpleNamespace(**vars(tile) | {word.__name__: word for word in words} | {"round": round_})
+    return overlapping(SimpleNamespace(**vars(tile) | {word.__name__: word for word in words} | {"round": round_}))

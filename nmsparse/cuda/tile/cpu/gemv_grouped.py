@@ -14,6 +14,7 @@ from ...layout import BLOCK
 from . import gemv
 from .crew import KernelError
 from .gemv import LANE, Words, check_pitch, nothing, outputs_of, slab_picks, sum_words, total, weight_words
+from .overlap import overlapping
 from .plan import ends_of
 
 __all__ = ["launch", "make", "plan_words"]
@@ -29,7 +30,8 @@ def make(cfg: Any) -> SimpleNamespace:
         sum_words(cfg),
         _store_words(cfg),
     )
-    return SimpleNamespace(BLOCKS_A_ROUND=cfg.warps * cfg.batch, **{k: v for part in words for k, v in part.items()})
+    tile = {word: function for part in words for word, function in part.items()}
+    return overlapping(SimpleNamespace(BLOCKS_A_ROUND=cfg.warps * cfg.batch, **tile))
 
 
 launch = functools.partial(gemv.launch, make=make)

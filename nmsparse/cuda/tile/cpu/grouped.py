@@ -16,6 +16,7 @@ from . import vocabulary
 from .grouped_store import store_words
 from .machine import Accumulator, Group, Ring, Role
 from .multiply import CHUNK_BYTES, add_to_registers, dense_product
+from .overlap import overlapping
 from .plan import ends_of
 from .samoyeds import LOWER, Picks, run_words, turn_words
 from .words import (
@@ -49,7 +50,7 @@ def make(cfg: Any) -> SimpleNamespace:
     consumer |= {"multiply": product(cfg, cfg.tile_t), "multiply_few": product(cfg, cfg.few)}
     for part in (_run_words, turn_words, store_words):
         consumer |= part(cfg)
-    tile = vocabulary(everyone, producer, consumer)
+    tile = overlapping(vocabulary(everyone, producer, consumer))
     tile.inline = lambda function: function
     return tile
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from ...config_route import EXPERT_BITS, TINY
 from .crew import Crew, KernelError
+from .overlap import overlapping
 from .race import Cells, Clocks, Signal
 
 __all__ = ["launch", "make_dispatch", "make_route"]
@@ -81,12 +82,13 @@ class _Warp:
 
 def make_route(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.RouteConfig`."""
-    return SimpleNamespace(**_token_words(cfg), **_choice_words(cfg), **_slot_words(cfg), **_count_words(cfg))
+    words = _token_words(cfg) | _choice_words(cfg) | _slot_words(cfg) | _count_words(cfg)
+    return overlapping(SimpleNamespace(**words))
 
 
 def make_dispatch(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.DispatchConfig`."""
-    return SimpleNamespace(**_given_words(cfg), **_slot_words(cfg), **_count_words(cfg))
+    return overlapping(SimpleNamespace(**_given_words(cfg), **_slot_words(cfg), **_count_words(cfg)))
 
 
 def make_ends(cfg: Any) -> SimpleNamespace:

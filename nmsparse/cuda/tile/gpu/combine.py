@@ -1,5 +1,6 @@
 """The words of :mod:`nmsparse.cuda.kernels.combine` on Numba CUDA: some more for passes over memory, beside those of
-:mod:`~nmsparse.cuda.tile.gpu.elements`. :mod:`~nmsparse.cuda.tile.cpu.combine` is the twin.
+:mod:`~nmsparse.cuda.tile.gpu.elements` and :mod:`~nmsparse.cuda.tile.gpu.overlap`. The twin is
+:mod:`~nmsparse.cuda.tile.cpu.combine`.
 
 =========================================  ============================================================================
 ``place(tokens, pieces) -> t, p, exists``  token and piece of this thread; the last token again where there is none
@@ -30,6 +31,7 @@ from numba.cuda import libdevice, types
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
 from . import elements
+from .overlap import overlap_words
 from .warp import collect
 
 __all__ = ["make"]
@@ -42,8 +44,8 @@ jit = cuda.jit(device=True, forceinline=True)
 def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.CombineConfig`."""
     tile = elements.make(cfg)
-    for part in (_row_words, _sum_words):
-        for word, function in part(cfg, tile).items():
+    for words in (overlap_words(cfg), _row_words(cfg, tile), _sum_words(cfg)):
+        for word, function in words.items():
             setattr(tile, word, function)
     return tile
 
@@ -52,7 +54,7 @@ def _row_words(cfg: Any, tile: ModuleType) -> dict[str, Callable[..., Any]]:
     THREADS, TOP_K, BATCH = cfg.threads, cfg.top_k, cfg.batch
     WHOLE = TOP_K % BATCH == 0
     divide = callable_of(memory.divide)
-    get = callable_of(memory.load("global", "s32", hint="nc"))
+    get = callable_of(memory.load("global", "s32"))
     get_float, get_16 = callable_of(memory.load_where("f32")), callable_of(memory.load_where("u32", 4))
     get_2, store_columns = callable_of(memory.load_if), tile.store_columns
 
@@ -118,7 +120,7 @@ def _row_words(cfg: Any, tile: ModuleType) -> dict[str, Callable[..., Any]]:
     }
 
 
-def _sum_words(cfg: Any, tile: ModuleType) -> dict[str, Callable[..., Any]]:
+def _sum_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     BATCH = cfg.batch
     pack, unpack = callable_of(memory.pack(cfg.dtype)), callable_of(memory.unpack(cfg.dtype))
 

@@ -15,6 +15,7 @@ from . import jit, nothing
 from .activation import ACTIVATIONS
 from .gemv import Words, sum_words, total_word, weight_words
 from .grouped import picks_word, plan_words
+from .overlap import overlap_words
 from .store import sequence
 
 u16, u32, u64, i32, i64, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.int64, types.float32
@@ -25,6 +26,7 @@ def make(cfg: Any) -> ModuleType:
     tile = ModuleType("tile")
     tile.BLOCKS_A_ROUND = cfg.warps * cfg.batch
     for words in (
+        overlap_words(cfg),
         plan_words(cfg),
         _expert_words(cfg),
         weight_words(cfg),

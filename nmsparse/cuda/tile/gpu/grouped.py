@@ -15,6 +15,7 @@ from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import callable_of, registers
 from . import consumer_words, descriptor, ring_words, sparse_product
 from .grouped_store import store_words
+from .overlap import overlap_words
 from .samoyeds import run_words, turn_words
 from .staging import read_thread
 from .store import sequence
@@ -31,6 +32,7 @@ def make(cfg: Any) -> ModuleType:
     tile = ModuleType("tile")
     tile.PRODUCER, tile.inline = -1, jit
     for part in (
+        overlap_words,
         plan_words,
         _worker_words,
         _ring_words,

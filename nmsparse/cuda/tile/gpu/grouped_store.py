@@ -40,14 +40,14 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
     act = ACTIVATIONS[cfg.activation]
     pack, put = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32"))
 
-    def tokens(number, place):
+    def tokens(number):
         """Eight tokens, of which a thread holds two."""
         EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
 
         @jit
         def part(acc, at):
             for column in range(2):
-                to = at + u32((8 * place + column) * PITCH)
+                to = at + u32((8 * number + column) * PITCH)
                 a, b = act(acc[EVEN + column]), act(acc[ODD + column])
                 c, d = acc[EVEN + column + 2], acc[ODD + column + 2]
                 if GATED:
@@ -61,7 +61,7 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
     SLAB, EIGHTS = 8 if GATED else 16, cfg.chunk // 8  # pairs of a warp
 
     def stage_of(first):
-        all_tokens = sequence([tokens(first // 8 + i, i) for i in range(EIGHTS)])
+        all_tokens = sequence([tokens(first // 8 + i) for i in range(EIGHTS)])
 
         @jit
         def stage(acc, staging, thread, extra):
@@ -91,13 +91,13 @@ def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., Any]]:
 
     STEP = min(CHUNK, 32 if GATED else 16)  # tokens that are turned at a time
 
-    def tokens(first, place):
+    def tokens(first):
         """``STEP`` tokens."""
         SUM, COUNT = first // 2, STEP
 
         @jit
         def gated(acc, at):
-            to = at + u32(place * PITCH)
+            to = at + u32(first * PITCH)
             if COUNT == 8:
                 put_1(to, product(acc, SUM))
             elif COUNT == 16:
@@ -107,7 +107,7 @@ def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., Any]]:
 
         @jit
         def plain(acc, at):
-            to = at + u32(place * PITCH)
+            to = at + u32(first * PITCH)
             if COUNT == 8:
                 put_2(to, row(acc, SUM), row(acc, SUM + 2))
             else:
@@ -116,7 +116,7 @@ def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., Any]]:
         return gated if GATED else plain
 
     def stage_of(first):
-        all_tokens = sequence([tokens(first + place, place) for place in range(0, CHUNK, STEP)])
+        all_tokens = sequence([tokens(first + i) for i in range(0, CHUNK, STEP)])
 
         @jit
         def stage(acc, staging, thread, extra):

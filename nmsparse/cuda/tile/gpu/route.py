@@ -29,7 +29,8 @@ what a word returns, each lane has its own.
 ``weigh(score)``
     Divided by the sum over the lanes if the router renormalises, times its scale.
 
-The words of the sort are in :mod:`~nmsparse.cuda.tile.gpu.sort`.
+The words of the sort are in :mod:`~nmsparse.cuda.tile.gpu.sort`, those between launches in
+:mod:`~nmsparse.cuda.tile.gpu.overlap`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from numba.cuda import libdevice, types
 from ...config_route import TINY
 from ...ptx import memory, warp
 from ...ptx.numba_glue import callable_of, registers
+from .overlap import overlap_words
 from .sort import Words, count_words, ends_words, given_words, jit, lane, slot_words
 
 __all__ = ["make_dispatch", "make_route"]
@@ -78,12 +80,13 @@ def sum_of_lanes(x):
 
 def make_route(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.RouteConfig`."""
-    return _module(_token_words(cfg), _score_words(cfg), _choice_words(cfg), slot_words(cfg), count_words(cfg))
+    words = _token_words(cfg), _score_words(cfg), _choice_words(cfg), slot_words(cfg), count_words(cfg)
+    return _module(*words, overlap_words(cfg))
 
 
 def make_dispatch(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config_route.DispatchConfig`."""
-    return _module(given_words(cfg), slot_words(cfg), count_words(cfg))
+    return _module(given_words(cfg), slot_words(cfg), count_words(cfg), overlap_words(cfg))
 
 
 def make_ends(cfg: Any) -> ModuleType:
@@ -105,7 +108,7 @@ def _token_words(cfg: Any) -> Words:
     NOTHING = float("-inf")
     WIDE = cfg.dtype == "f32"
     SIZE = 4 if WIDE else 2
-    get = callable_of(memory.load("global", "f32" if WIDE else "u16", hint="nc"))
+    get = callable_of(memory.load("global", "f32" if WIDE else "u16"))
     unpack = callable_of(memory.unpack("f16" if WIDE else cfg.dtype))
 
     @jit
@@ -165,7 +168,7 @@ def _choice_words(cfg: Any) -> Words:
     NUMBERS, EXPERTS, TOP_K, BIAS = cfg.numbers, cfg.experts, cfg.top_k, cfg.bias
     GROUPS, KEPT, GROUP_SIZE, TOP2 = cfg.num_groups, cfg.topk_groups, cfg.experts // cfg.num_groups, cfg.top2
     NONE = 0xFFFF
-    get = callable_of(memory.load("global", "f32", hint="nc"))
+    get = callable_of(memory.load("global", "f32"))
 
     @jit
     def rank(ranks, scores, bias_gmem):

@@ -126,21 +126,21 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     EIGHTS = cfg.chunk // 8
     pack, put, bias_of = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32")), make_bias(cfg)
 
-    def stage_tokens(number, place):
+    def stage_tokens(number):
         """Eight tokens, of which a thread holds two."""
         EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
 
         @jit
         def part(acc, at, bias):
             for column in range(2):
-                to = at + u32((8 * place + column) * PITCH)
+                to = at + u32((8 * number + column) * PITCH)
                 put(to, pack(acc[EVEN + column] + bias[0], acc[ODD + column] + bias[1]))
                 put(to + u32(32), pack(acc[EVEN + column + 2] + bias[2], acc[ODD + column + 2] + bias[3]))
 
         return part
 
     def stage_of(first):
-        all_tokens = sequence([stage_tokens(first // 8 + i, i) for i in range(EIGHTS)])
+        all_tokens = sequence([stage_tokens(first // 8 + i) for i in range(EIGHTS)])
 
         @jit
         def stage(acc, staging, thread, bias):

@@ -44,12 +44,14 @@ from numba.cuda import types
 from ...config_route import EXPERT_BITS
 from ...ptx import barrier, memory, warp
 from ...ptx.numba_glue import address_of, callable_of, registers
+from .store import collect, sequence
 
 __all__ = ["Words", "count_words", "ends_words", "given_words", "jit", "lane", "slot_words"]
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
 FAR_BELOW = -(1 << 30)  # a position that stays below 0 whatever rank is added
+UNDER_WAY = 8  # pieces of a token that a lane loads before it stores any
 
 Words = dict[str, Callable[..., Any]]
 jit = cuda.jit(device=True, forceinline=True)
@@ -75,8 +77,8 @@ def sum_up_to(x):
 def given_words(cfg: Any) -> Words:
     """What reads a routing that is given."""
     EXPERTS, WIDE, KIND = cfg.experts, cfg.ids == "s64", cfg.weights
-    get_id = callable_of(memory.load("global", "s32", 2 if WIDE else 1, hint="nc"))
-    get_weight = callable_of(memory.load("global", "u16", hint="nc"))
+    get_id = callable_of(memory.load("global", "s32", 2 if WIDE else 1))
+    get_weight = callable_of(memory.load("global", "u16"))
     unpack = callable_of(memory.unpack("f16" if KIND == "f32" else KIND))
 
     @jit
@@ -208,10 +210,25 @@ def slot_words(cfg: Any) -> Words:
 
     get_16, put_16 = callable_of(memory.load_where("u32", 4)), callable_of(memory.store("global", "u32", 4))
 
-    @jit
-    def copy_piece(to, piece, pieces, value):
-        if piece < pieces:
-            put_16(to + u64(piece) * u64(16), value[0], value[1], value[2], value[3])
+    def load_piece(n):
+        @jit
+        def part(source, first, pieces):
+            piece = i32(first + 32 * n)
+            return (get_16(source + u64(piece) * u64(16), u32(piece < pieces)),)
+
+        return part
+
+    def store_piece(n):
+        @jit
+        def part(to, first, pieces, values):
+            piece, value = i32(first + 32 * n), values[n]
+            if piece < pieces:
+                put_16(to + u64(piece) * u64(16), value[0], value[1], value[2], value[3])
+
+        return part
+
+    load_all = collect([load_piece(n) for n in range(UNDER_WAY)])
+    store_all = sequence([store_piece(n) for n in range(UNDER_WAY)])
 
     @jit
     def copy_tokens(x_gmem, sorted_gmem, token, position, x_pitch, pieces):
@@ -219,15 +236,8 @@ def slot_words(cfg: Any) -> Words:
             row, at = i32(from_lane(u32(token), u32(other))), i32(from_lane(u32(position), u32(other)))
             if at >= 0:
                 source, to = x_gmem + u64(row) * u64(x_pitch) * u64(2), sorted_gmem + u64(at) * u64(pieces) * u64(16)
-                for i in range(lane(), pieces, 128):  # four loads under way
-                    j, k, m = i + 32, i + 64, i + 96
-                    a, b = get_16(source + u64(i) * u64(16), u32(1)), get_16(source + u64(j) * u64(16), u32(j < pieces))
-                    c = get_16(source + u64(k) * u64(16), u32(k < pieces))
-                    d = get_16(source + u64(m) * u64(16), u32(m < pieces))
-                    copy_piece(to, i, pieces, a)
-                    copy_piece(to, j, pieces, b)
-                    copy_piece(to, k, pieces, c)
-                    copy_piece(to, m, pieces, d)
+                for first in range(lane(), pieces, 32 * UNDER_WAY):
+                    store_all(to, first, pieces, load_all(source, first, pieces))
 
     words = turns, slot, token_of, park, recall, position, store_int, store_float, copy_tokens
     return {"barrier": barrier_, **{word.__name__: word for word in words}}

@@ -37,10 +37,10 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
     """``y[token + t, first + m]`` of a warpgroup, ``outputs`` of each token, only before ``end`` and ``rows``.
 
     ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into the
-    buffer at ``at``.
+    buffer at ``at``, where token 0 begins.
     """
-    STAGING, STAGING_BYTES, PITCH = cfg.staging_offset, cfg.staging_bytes, cfg.staged_token_bytes
-    send = _make_send(cfg.tile_t, outputs, PITCH)
+    STAGING, STAGING_BYTES = cfg.staging_offset, cfg.staging_bytes
+    send = _make_send(cfg.tile_t, outputs, cfg.staged_token_bytes)
 
     def stage_chunk(t):
         stage = stage_of(t)
@@ -48,7 +48,7 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
         @jit
         def part(acc, staging, thread, extra, left):
             if t < left:
-                stage(acc, staging + u32(t * PITCH), thread, extra)
+                stage(acc, staging, thread, extra)
 
         return part
 
