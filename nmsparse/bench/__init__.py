@@ -8,9 +8,10 @@ import importlib
 import json
 import os
 import platform
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,10 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures, the machine and the command")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (PNG or SVG)")
-    from . import moe, recovery
+    from . import accuracy, moe, recovery
 
-    moe.add_arguments(parser)
-    recovery.add_arguments(parser)
+    for module in (accuracy, moe, recovery):
+        module.add_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -51,7 +52,9 @@ def main(args: argparse.Namespace) -> int:
     results = {name: suite(name, args)() for name in (SUITES if args.suite == "all" else [args.suite])}
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"machine": machine() | joined(args.others), "results": results}, indent=1) + "\n"
+        )
         print(f"wrote {args.json}")
     if args.plot:
         importlib.import_module(PLOTS[args.suite], __name__).draw(results[args.suite], args.plot)
@@ -67,14 +70,14 @@ def suite(name: str, args: argparse.Namespace) -> Callable[[], list[dict]]:
     module = importlib.import_module(f".{MODULES.get(name, name)}", __name__)
     if name == "gemm":
         return functools.partial(module.run, args.quick)
-    return functools.partial(module.run, args) if name in GPU_SUITES else module.run
+    return functools.partial(module.run, args) if name in (*GPU_SUITES, "accuracy") else module.run
 
 
 def machine() -> dict[str, object]:
     """What the figures were measured with."""
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m nmsparse " + " ".join(sys.argv[1:]),
+        "command": "python -m nmsparse " + shlex.join(sys.argv[1:]),
         "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -83,6 +86,13 @@ def machine() -> dict[str, object]:
         "nmsparse": __version__,
         **(device_facts() if "torch" in sys.modules else {}),
     }
+
+
+def joined(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """When and how the figures were made that ``--with`` brought."""
+    facts = [json.loads(path.read_text())["machine"] for path in paths]
+    made = [line for fact in facts for line in (f"{fact['date']}: {fact['command']}", *fact.get("joined", ()))]
+    return {"joined": list(dict.fromkeys(made))} if made else {}
 
 
 def bar(what: str, value: float, bound: float, *, at_least: bool = True) -> dict[str, object]:

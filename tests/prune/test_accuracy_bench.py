@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from argparse import Namespace
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nmsparse import demo
-from nmsparse.bench import accuracy, experts
+from nmsparse.__main__ import main
+from nmsparse.bench import accuracy, accuracy_page, experts
 from nmsparse.bench.accuracy_plot import draw
+from nmsparse.errors import NMSparseError
 from nmsparse.prune import METHODS
+
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(not demo.MODEL.exists(), reason="needs examples/tiny-moe of a checkout")
 
@@ -48,6 +56,98 @@ def test_bars_and_picture(tmp_path, capsys):
     assert "MISSED" in capsys.readouterr().out
     draw([vars(row) for row in rows] + bars, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_allocations_have_one_budget(study, monkeypatch):
+    """And each pattern is tried once on a text."""
+    monkeypatch.setattr(study, "heldout", study.heldout[:2])
+    tried, found = [], accuracy.try_patterns
+
+    def count(walk, patterns, method):
+        tried.append(list(patterns))
+        return found(walk, patterns, method)
+
+    monkeypatch.setattr(accuracy, "try_patterns", count)
+    windows = study.calibration[:1]
+    rows = [
+        study.row("droppable", "allocation", "magnitude", name="x", sample=1, windows=windows, choices=choices)
+        for choices in accuracy.ALLOCATIONS["droppable"]
+    ]
+    assert tried == [list(accuracy.ALLOCATIONS["droppable"][0])]  # the second set is within the first
+    for row, choices in zip(rows, accuracy.ALLOCATIONS["droppable"], strict=True):
+        assert row.nbytes <= 4_008_960 and [sum(layer.values()) for layer in row.kinds] == [8, 8, 8]
+        assert {kind for layer in row.kinds for kind in layer} <= set(choices) and row.stream_loss > 0
+    uniform = study.row("uniform", accuracy.SAME_BYTES, "magnitude", sample=1, windows=windows)
+    assert uniform.nbytes == 4_008_960 and uniform.kinds == [{accuracy.SAME_BYTES: 8}] * 3
+
+
+def test_rows_are_chosen_by_name_and_seed(monkeypatch):
+    monkeypatch.setattr(accuracy.Study, "row", lambda study, table, pattern, method, **rest: (table, pattern, method))
+
+    def made(*globs, seeds=(0, 1, 2)):
+        return list(accuracy.measured(Namespace(rows=globs, seeds=seeds)))
+
+    assert made("heights *:16 admm") == [("heights", "samoyeds:1:2:16", "admm")]
+    assert Counter(made("uniform *", "seeds 2:4 *", seeds=[1])) == {
+        ("seeds", "2:4", "admm"): 1, ("uniform", "samoyeds:1:2:128", "admm"): 1, ("uniform", "vnm:128:2:8", "admm"): 1,
+    }  # fmt: skip
+    assert made() == [] and len(made("*")) == len(list(accuracy.plan(accuracy.Study())))
+
+
+def invented(table, pattern, loss, *, method="admm", seed=0, nbytes=100):
+    return accuracy.Row(table, pattern, method, nbytes, 1 + loss, loss, 1.0, seed, 0.5, [{pattern: 2}, {"drop": 1}])
+
+
+def test_what_was_measured_elsewhere_makes_page_and_picture(tmp_path, capsys):
+    """From two files of rows and one of recovery, all made up: a new row takes the place of the old one."""
+    rows = [
+        [invented("uniform", "2:4", 0.25, seed=seed) for seed in (1, 0)] + [invented("bars", "2:4", 0.75)],
+        [invented("uniform", "2:4", 0.5, seed=1), invented("methods", "samoyeds:1:2:16", 0.875)],
+    ]
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, some in zip(files, rows, strict=True):
+        machine = {"date": "today", "command": f"made {path.stem}"}
+        path.write_text(json.dumps({"machine": machine, "results": {"accuracy": [asdict(row) for row in some]}}))
+    run = {"what": "run", "run": "samoyeds:1:2:16", "seconds": 60.2, "curve": [], "experts nbytes": 1234}
+    runs = [{**run, "seed": seed, "bits": bits} for seed, bits in enumerate((1.5, 0.75, 1.25))]
+    runs += [{"what": "dense", "bits": 1.0}, {**runs[0], "run": "narrower"}, {**runs[0], "run": "2:4", "bits": 1.125}]
+    training, page, picture, out = (tmp_path / name for name in ("r.json", "page.md", "p.png", "out.json"))
+    training.write_text(json.dumps({"results": {"recovery": runs}}))
+    places = "".join(f"<!-- {make.__name__} -->\n<!-- end {make.__name__} -->\n" for make in accuracy_page.TABLES)
+    page.write_text(f"before\n{places}after\n")
+    command = ["bench", "accuracy", "--rows", "--with", *files, "--recovered", training]
+    command += ["--page", page, "--plot", picture, "--json", out]
+    assert main([str(word) for word in command]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "| 2:4 | 100 | +0.250, +0.500 | +0.375 | 0.50 | 2 × 2:4, 1 × drop |" in text
+    assert "| `samoyeds:1:2:16` | 25% | 1,234 | +0.875* (`admm`) | 60 s | +0.500, -0.250, +0.250 | +0.250 |" in text
+    assert "| `2:4` | 50% | 1,234 | +0.750 (`admm`) | 60 s | +0.125 | +0.125 |" in text and "narrower" not in text
+    assert picture.stat().st_size > 1000
+    kept = json.loads(out.read_text())
+    assert kept["machine"]["joined"] == ["today: made a", "today: made b"]
+    assert sum(row.get("table") == "uniform" for row in kept["results"]["accuracy"]) == 2
+    page.write_text("no place")
+    assert main([str(word) for word in command]) == 2 and "<!-- methods -->" in capsys.readouterr().err
+
+
+def test_recovered_figures_need_those_of_the_dense_model(tmp_path):
+    with pytest.raises(NMSparseError, match="--with"):
+        list(accuracy.recovered([tmp_path / "none.json"], None))
+
+
+def test_the_page_says_what_was_measured(tmp_path):
+    """The tables of docs/accuracy.md are those that the result files make."""
+    results = ROOT / "benchmarks" / "results"
+    found = json.loads((results / "accuracy.json").read_text())["results"]["accuracy"]
+    rows = [accuracy.Row(**row) for row in found if "table" in row]
+    recovered = accuracy.recovered(
+        sorted(results.glob("*-recovery*.json"), key=lambda path: path.stem), accuracy.dense_bits(rows)
+    )
+    page = tmp_path / "accuracy.md"
+    page.write_text((ROOT / "docs" / "accuracy.md").read_text())
+    accuracy_page.fill(page, accuracy.joined(rows, recovered))
+    assert page.read_text() == (ROOT / "docs" / "accuracy.md").read_text()
 
 
 def test_rows_of_experts(monkeypatch):

@@ -43,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--runs", nargs="*", default=RUNS, metavar="RUN", help=f"patterns, or {NARROWER}; default: {' '.join(RUNS)}"
     )
-    group.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="N", help="default: 0 1 2")
+    group.add_argument(
+        "--seeds", nargs="+", type=int, default=(0, 1, 2), metavar="N", help="accuracy too; default: 0 1 2"
+    )
     group.add_argument("--seconds", type=float, default=180, metavar="S", help="of training (default: 180)")
     group.add_argument("--rate", type=float, default=2e-3, help="largest learning rate (default: 2e-3)")
     group.add_argument("--decay", type=float, default=2e-4, help="lambda of SR-STE (default: 2e-4)")
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=(),
         metavar="FILE",
-        help="what --json wrote elsewhere: those runs count, too",
+        help="accuracy too: what --json wrote elsewhere; those runs count as well",
     )
     group.add_argument("--no-compile", dest="compiled", action="store_false", help="run the training step eagerly")
 
