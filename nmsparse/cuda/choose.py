@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import NMSparseError
 from . import config_mma
-from .config import SHIPPED, SHIPPED_GEMV, SHIPPED_SAMOYEDS, GemmConfig, GemvConfig
+from .config import SHIPPED, SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS, SHIPPED_SAMOYEDS, GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .layout import BLOCK, BLOCK_BYTES, blocks_of
 
@@ -31,12 +31,14 @@ class Device:
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
     feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 46e9  # the same, from memory
-    reread: float = 10e12  # bytes/s of tokens that many CTAs read at once
+    stream: float = 45e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 66e9  # and with that of two, which holds more
+    reread: float = 28e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
     reread_16: float = 2.2e12  # the same of more than eight tokens, which take twice the registers
     start: float = 2.0e-6  # launch of the kernel for few tokens
-    launch: float = 2.5e-6  # launch of a pipelined kernel, until its ring is filled
-    exchange: float = 2.2e-6  # of partial sums between CTAs, besides the bytes
+    launch: float = 2.7e-6  # launch of a pipelined kernel, until its ring is filled
+    exchange: float = 1.1e-6  # of partial sums between CTAs, besides the bytes
+    exchange_part: float = 0.4e-6  # for each part of a tile
 
     @property
     def hopper(self) -> bool:
@@ -67,7 +69,11 @@ class Device:
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((128, 1621e12), (96, 1496e12), (64, 1222e12))
-GEMV_SAMOYEDS = 2.4e12  # bytes/s of the kernel for few tokens, which keeps three sums for each product
+GEMV_SAMOYEDS = {8: 3.3e12, 16: 3.9e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
+REREAD_SAMOYEDS = 4.5e12  # bytes/s of tokens, of this kernel
+COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
+ROUND = 0.5e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+WAVE = 1e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
 EPILOGUE = 1.9e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
@@ -161,11 +167,12 @@ def _plan(
     flops = 2 * config.tile_m * config.tile_t * config.tile_k
     # One pass over the weights comes from memory; tokens that do not exist are written as zeros all the same.
     padding = 2 * max(config.tile_t - problem.tokens, 0) * config.tile_k
-    cold = (weights + padding) / device.stream if problem.tokens <= 2 * config.tile_t else 0.0
+    stream = device.stream if getattr(config, "warpgroups", 1) == 1 else device.stream_2
+    cold = (weights + padding) / stream if problem.tokens <= 2 * config.tile_t else 0.0
     step = max(flops / device.multiply(config), (weights + config.token_bytes) / device.feed, cold)
     partial = 4 * config.tile_m * config.tile_t
-    exchange = device.exchange + partial / device.feed * parts if split else 0.0
-    busy, moving = path * step, problem.nbytes / device.memory
+    exchange = device.exchange + parts * (device.exchange_part + partial / device.feed) if split else 0.0
+    busy, moving = path * step, problem.nbytes / (COPIED * device.memory)
     if pairs:
         busy += (whole + bool(split)) * EPILOGUE * config.tile_t / 128
     seconds = device.launch + max(busy, moving) + 0.05 * min(busy, moving) + exchange
@@ -175,11 +182,17 @@ def _plan(
 def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     """Every 16 rows read all tokens again, from L2; what has no place on the SMs at once comes in a second wave."""
     blocks = -(-problem.packed_rows // 16)
-    memory = min(device.memory, GEMV_SAMOYEDS) if config.pairs else device.memory
-    again = 2 * blocks * problem.tokens * problem.columns / (device.reread if config.tile_t == 8 else device.reread_16)
-    resident = device.sms * (3 if config.batch <= 2 else 2)
-    late = 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
-    return Plan(config, blocks, 0, 1, device.start + problem.nbytes / memory + again + late)
+    resident = device.sms * config.ctas
+    warps = config.warps * min(config.ctas, -(-blocks // device.sms))
+    memory = min(device.memory, GEMV_SAMOYEDS[16 if warps >= 16 else 8]) if config.pairs else device.memory
+    reread = (
+        device.reread_16 if config.tile_t > 8 else REREAD_SAMOYEDS if config.pairs else device.reread / config.batch
+    )
+    again = 2 * blocks * problem.tokens * problem.columns / reread
+    late = WAVE * (-(-blocks // resident) - 1) if config.ctas == 1 else 0.0
+    late += 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
+    trips = ROUND * -(-problem.k_blocks // (config.warps * config.batch))
+    return Plan(config, blocks, 0, 1, device.start + max(problem.nbytes / memory, trips) + again + late)
 
 
 def plans(problem: Problem, device: Device) -> Iterator[Plan]:
@@ -197,9 +210,9 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
             if not config.problems(device.arch) and problem.run % config.tile_k == 0:
                 yield from candidates(config, problem, device)
     if problem.alignment >= 4 and not problem.gather:
-        for config in SHIPPED_GEMV:
-            if problem.tokens <= config.tile_t and (config.tile_t == 8 or not problem.run):
-                yield gemv_plan(replace(config, **kind, pairs=bool(problem.run)), problem, device)
+        for config in SHIPPED_GEMV_SAMOYEDS if problem.run else SHIPPED_GEMV:
+            if problem.tokens <= config.tile_t:
+                yield gemv_plan(replace(config, **kind), problem, device)
 
 
 @functools.lru_cache(maxsize=4096)

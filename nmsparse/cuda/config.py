@@ -288,6 +288,12 @@ SHIPPED_SAMOYEDS = tuple(
     if warpgroups == 2 or tile_t <= 64
 )
 
-# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM. Sixteen tokens pay
-# for small matrices, where the pipeline of the other kernel would not fill.
-SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2), GemvConfig(tile_t=16, warps=16, batch=2))
+# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM. Of Samoyeds, more
+# warps suit a CTA that has an SM for itself. Sixteen tokens pay for small matrices, where the pipeline of the other
+# kernel would not fill.
+SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2), GemvConfig(tile_t=16, warps=16, batch=1))
+SHIPPED_GEMV_SAMOYEDS = (
+    GemvConfig(batch=4, pairs=True),
+    GemvConfig(warps=16, batch=2, pairs=True),
+    GemvConfig(tile_t=16, batch=4, pairs=True),
+)

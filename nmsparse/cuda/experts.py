@@ -17,6 +17,7 @@ products: two launches, and two for each kind. The pairs of dropped experts get 
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ from .routing import IDS, Given, Logits, places
 __all__ = ["Experts", "grouped_matmul", "tile_of"]
 
 ROW = 8  # bytes of a plan for each expert
-WIDE, MANY = 2048, 100  # neurons of an expert, and tokens for each, from which on tokens are copied; benchmarks/LOG.md
+WIDE, MANY = 2048, 500  # neurons of an expert, and tokens for each, from which on tokens are copied; benchmarks/LOG.md
 CALLS = 1024  # kinds of calls that a layer remembers
 FEW_TOKENS = 8  # what the kernel without a pipeline takes of each expert
 
@@ -53,17 +54,44 @@ def active_experts(tokens: int, top_k: int, experts: int) -> float:
 
 
 def tile_of(tokens: int, top_k: int, experts: int, widest: int) -> int:
-    """Tokens of a tile: as many as an expert usually gets, so that its weights are read once.
+    """Tokens of a tile: as many as an expert usually gets, so that its weights are read once; of many tokens, what
+    takes least.
 
-    One and a half standard deviations above the mean of a Poisson distribution: of uniformly routed experts, about
-    93 % get no more.
+    Usually: one and a half standard deviations above the mean of a Poisson distribution, of uniformly routed experts
+    about 93 % get no more.
 
     >>> [tile_of(tokens, 8, 64, 128) for tokens in (1, 64, 256, 512, 4096)]
     [8, 16, 64, 96, 128]
+    >>> tile_of(4096, 4, 60, 128)  # 273 of an expert are three tiles of 96, or two of 128 and a short one
+    96
     """
     mean = tokens * top_k / active_experts(tokens, top_k, experts)
     usual = mean + 1.5 * mean**0.5
-    return next((tile for tile in (8, 16, 32, 64, 96, 128, 256) if usual <= tile), widest) if usual < widest else widest
+    if usual <= 96:
+        return next(tile for tile in (8, 16, 32, 64, 96) if usual <= tile)
+    if widest > 128:
+        return widest
+    return 96 if tiles_cost(mean, 96) < 0.965 * tiles_cost(mean, 128) else 128
+
+
+# What a tile costs and what one of which half or less is tokens does, in tiles of 128; fitted, benchmarks/LOG.md.
+TILE_COST = {96: (0.84, 0.53), 128: (1.0, 0.87)}
+
+
+def tiles_cost(mean: float, tile: int) -> float:
+    """Expected cost of an expert's tiles, whose tokens are Poisson-distributed (as a normal distribution) around
+    ``mean``.
+
+    >>> round(tiles_cost(273, 96), 1), round(tiles_cost(273, 128), 1)
+    (2.6, 2.7)
+    """
+    whole, short = TILE_COST[tile]
+    total = 0.0
+    for step in range(-8, 9):  # of a quarter of a standard deviation
+        full, left = divmod(max(0.0, mean + step / 4 * mean**0.5), tile)
+        share = math.exp(-((step / 4) ** 2) / 2)
+        total += share * (full * whole + (0 if left < 0.5 else short if left <= tile / 2 else whole))
+    return total / sum(math.exp(-((step / 4) ** 2) / 2) for step in range(-8, 9))
 
 
 @dataclass

@@ -7,7 +7,8 @@ stream and a tensor map. No Numba, no synchronisation, no allocation but the out
 from __future__ import annotations
 
 import math
-from typing import Any
+import threading
+from typing import Any, NamedTuple
 
 from ..errors import NMSparseError, UnsupportedDeviceError
 from ..formats import SparseArray
@@ -17,6 +18,7 @@ from .array import DeviceArray
 from .choose import Plan, Problem, choose
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
+from .driver import Recording, Varying
 from .layout import BLOCK
 from .pack import DTYPES, as_24, packed
 
@@ -45,7 +47,7 @@ class Operand:
         self.gather = (pattern.v, pattern.m) if gathers else None
         self.indices = weight.indices
         self.blocks = packed(weight)
-        self.places: dict[tuple[Any, ...], tuple[int, int, tuple[int, ...]]] = {}  # of tokens, by their signature
+        self.places: dict[tuple[Any, ...], _Place] = {}  # by the signature of the tokens
         self.launches: dict[tuple[int, bool, int], Launch] = {}
 
     def runs(self, columns: int) -> tuple[int, int]:
@@ -53,8 +55,23 @@ class Operand:
         return (max(1, self.run // columns), self.indices.shape[-1]) if self.run else (1, 1)
 
 
+class _Place(NamedTuple):
+    """Of tokens: how many, elements between them, the shape of their product, its launch at a multiple of 16 bytes."""
+
+    tokens: int
+    pitch: int
+    wanted: tuple[int, ...]
+    usual: Launch | None
+
+
 class Launch:
-    """A plan with its kernel, for one weight and number of tokens: ``launch(stream, x, pitch of x, y, bias)``."""
+    """A plan with its kernel, for one weight and number of tokens: ``launch(stream, x, pitch of x, y, bias)``.
+
+    What a plan with whole tiles launches is described once for a stream and repeated; the partial sums of split ones
+    lie elsewhere for each graph.
+    """
+
+    mapped = False  # whether the address of x is part of the description
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         config = plan.config
@@ -64,13 +81,31 @@ class Launch:
         slots, sums = getattr(config, "partial_slots", (0, 0))
         slots *= self.grid if plan.split else 0
         self.room = slots * sums, slots
+        self.recorded: dict[tuple[int, ...], Recording] = {}  # by stream, thread, pitch and, if mapped, address of x
 
     def partials(self, stream: int) -> tuple[int, int]:
-        """Addresses of the partial sums and flags of a plan that splits tiles."""
+        """Addresses of the partial sums and flags, if the plan splits tiles."""
+        if not self.plan.split:
+            return 0, 0
         space = launch.workspace(self.weight.device, stream, *self.room)
         return space.partial_pointer, space.flag_pointer
 
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        if self.plan.split:
+            self.launch(stream, x, pitch, y, bias)
+            return
+        place = stream, threading.get_ident(), pitch, x if self.mapped else 0
+        launches = self.recorded.get(place)
+        if launches is None:
+            if len(self.recorded) >= MAPS:
+                self.recorded.clear()
+            with Recording() as launches:
+                self.launch(stream, Varying(x, 0), pitch, Varying(y, 1), Varying(bias, 2))
+            self.recorded[place] = launches
+        launches(x, y, bias)
+
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+        """What the call says."""
         raise NotImplementedError
 
 
@@ -85,6 +120,8 @@ def runs_of(weight: SparseArray) -> int:
 class GemmLaunch(Launch):
     """The ``wgmma.sp`` kernel; its tokens come through a tensor map, remembered for each address."""
 
+    mapped = True
+
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         super().__init__(weight, plan, tokens)
         self.box = plan.config.tile_t // plan.config.cluster, BLOCK
@@ -94,7 +131,7 @@ class GemmLaunch(Launch):
             self.tail += weight.runs(plan.config.tile_k)
         self.maps: dict[tuple[int, int], bytes] = {}
 
-    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight, place = self.weight, (x, pitch)
         tensor_map = self.maps.get(place)
         if tensor_map is None:
@@ -102,8 +139,7 @@ class GemmLaunch(Launch):
                 self.maps.clear()
             shape = self.tokens, weight.columns
             tensor_map = self.maps[place] = driver.tensor_map(x, shape, (2 * pitch,), self.box, weight.kind)
-        partial, flags = self.partials(stream) if self.plan.split else (0, 0)
-        self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, partial, flags, *self.tail)
+        self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, *self.partials(stream), *self.tail)
 
 
 class MmaLaunch(Launch):
@@ -114,12 +150,11 @@ class MmaLaunch(Launch):
         self.index = 0 if weight.indices is None else weight.indices.pointer
         self.tail = *self.pieces, *weight.runs(plan.config.tile_k)
 
-    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight = self.weight
         addresses = weight.blocks.pointer, x, self.index, y, bias
         sizes = weight.rows, self.tokens, weight.columns, self.k_blocks, pitch, weight.rows
-        partials = self.partials(stream) if self.plan.split else (0, 0)
-        self.kernel(self.grid, stream, *addresses, *partials, *sizes, *self.tail)
+        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.tail)
 
 
 class GemvLaunch(Launch):
@@ -130,7 +165,7 @@ class GemvLaunch(Launch):
         self.head = weight.blocks.pointer, weight.indices.pointer if weight.run else 0
         self.runs = weight.runs(BLOCK)
 
-    def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
         weight = self.weight
         sizes = weight.rows, self.tokens, weight.columns, pitch, weight.rows, self.k_blocks
         self.kernel(self.grid, stream, *self.head, x, y, bias, *sizes, *self.runs)
@@ -167,12 +202,7 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
         kind = array.kind_of(x)
     sparse, weight = weight, operand(weight)
     like = kind.signature(x)
-    place = weight.places.get(like)
-    if place is None:
-        if len(weight.places) >= MAPS:
-            weight.places.clear()
-        place = weight.places[like] = _place(kind.view(x), weight)
-    tokens, pitch, wanted = place
+    tokens, pitch, wanted, usual = weight.places.get(like) or _place(kind.view(x), weight, like)
     if out is None:
         out = kind.like(x, wanted)
         to = kind.pointer(out)
@@ -188,25 +218,41 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
             matmul(x[i], sparse, out=out[i], bias=bias, config=config)
         return out
     pointer = kind.pointer(x)
+    if config is None and bias is None and usual and not pointer & 15:
+        usual(kind.stream(x), pointer, pitch, to, 0)
+        return out
     if config is None:
         # What the copy engine needs of an address and a pitch, 16 bytes; what 32-bit loads need, 4.
         odd = pointer | 2 * pitch
-        key = tokens, bias is not None, 16 if not odd & 15 else 4 if not odd & 3 and not weight.columns & 1 else 2
-        ready = weight.launches.get(key)
-        if ready is None:
-            ready = weight.launches[key] = _choose(weight, *key)
+        alignment = 16 if not odd & 15 else 4 if not odd & 3 and not weight.columns & 1 else 2
+        ready = _launch(weight, tokens, bias is not None, alignment)
     else:
         ready = LAUNCHES[type(config.config)](weight, config, tokens)
     ready(kind.stream(x), pointer, pitch, to, 0 if bias is None else _bias(bias, weight))
     return out
 
 
-def _place(x: DeviceArray, weight: Operand) -> tuple[int, int, tuple[int, ...]]:
-    """Tokens of ``x``, elements between them, and the shape of their product."""
+def _place(x: DeviceArray, weight: Operand, like: tuple[Any, ...]) -> _Place:
+    """What is known of tokens that are ``like`` x."""
     shape = tuple(x.shape)
     if shape[-1:] != (weight.columns,) or x.dtype != weight.dtype or x.device != weight.device:
         raise _mismatch(x, weight)
-    return math.prod(shape[:-1]), _row_pitch(x), (*shape[:-1], weight.rows)
+    tokens, pitch, usual = math.prod(shape[:-1]), _row_pitch(x), None
+    if tokens and weight.rows and pitch >= 0 and not pitch % 8:
+        usual = _launch(weight, tokens, False, 16)
+    if len(weight.places) >= MAPS:
+        weight.places.clear()
+    found = weight.places[like] = _Place(tokens, pitch, (*shape[:-1], weight.rows), usual)
+    return found
+
+
+def _launch(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:
+    """The chosen launch, remembered."""
+    key = tokens, bias, alignment
+    ready = weight.launches.get(key)
+    if ready is None:
+        ready = weight.launches[key] = _choose(weight, *key)
+    return ready
 
 
 def _choose(weight: Operand, tokens: int, bias: bool, alignment: int) -> Launch:

