@@ -49,7 +49,7 @@ class Device:
         """FLOP/s of one SM on tiles of ``config``.
 
         ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
-        fetch them, and a little more where a cluster fetches its tokens once, since that lets the clock rise.
+        fetch them, and a little less where the CTAs of a cluster wait for each other.
         Samoyeds: what the kernel reached with runs of 128 columns.
         ``mma.sp``: what the kernel reached, most with 128 sums a thread, least where it loads single elements.
         """
@@ -58,7 +58,7 @@ class Device:
                 return MMA_ELEMENTS / 132
             return (MMA_LARGE if config.sums >= 128 else MMA) / 132
         short = 0.8 if config.tile_k == BLOCK else 1.0  # steps of 64 columns, of which Samoyeds waits for each
-        shared = short if config.pairs else 0.86 * (1.03 if config.cluster > 1 else 1.0)
+        shared = short if config.pairs else 0.86 * (0.97 if config.cluster > 1 else 1.0)
         rates = SAMOYEDS if config.pairs else WGMMA
         for tokens, rate in rates:
             if config.tile_t >= tokens:
@@ -149,7 +149,9 @@ def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device)
     """The ways to deal the tiles of ``config``: all of them whole, or those that do not fill a wave split along k."""
     tiles, steps = grid(config, problem)
     most = device.sms // getattr(config, "cluster", 1)
-    yield _plan(config, problem, device, min(most, tiles), 0, 1)
+    # As few CTAs as are done in the same time: each draws power, and power limits large tiles.
+    even = -(-tiles // -(-tiles // most)) if config.tile_t >= 128 else most
+    yield _plan(config, problem, device, min(even, tiles), 0, 1)
     if split := tiles % most:
         for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
             workers = most if tiles > most else split * parts

@@ -156,7 +156,10 @@ def workspace(device: int, stream: int, sums: int, flags: int) -> Workspace:
     A graph under capture gets its own, since it may be replayed beside the stream. Outgrown ones stay: a graph or a
     running kernel may still use them.
     """
-    held = _workspaces.setdefault((device, stream, driver.capture_id(stream)), [])
+    place = device, stream, driver.capture_id(stream)
+    held = _workspaces.get(place)
+    if held is None:
+        held = _workspaces[place] = []
     if not held or held[-1].sums < sums or held[-1].flags < flags:
         held.append(Workspace(device, sums, flags))
     return held[-1]

@@ -24,7 +24,7 @@ from .pack import DTYPES, as_24, packed
 
 __all__ = ["Operand", "matmul", "operand"]
 
-MAPS = 512  # tensor maps remembered for each weight and number of tokens, and kinds of tokens for each weight
+MAPS = 512  # launches remembered for each weight and number of tokens, and kinds of tokens for each weight
 
 
 class Operand:
@@ -67,8 +67,7 @@ class _Place(NamedTuple):
 class Launch:
     """A plan with its kernel, for one weight and number of tokens: ``launch(stream, x, pitch of x, y, bias)``.
 
-    What a plan with whole tiles launches is described once for a stream and repeated; the partial sums of split ones
-    lie elsewhere for each graph.
+    What it launches is described once for a stream, a thread and a workspace, and then repeated.
     """
 
     mapped = False  # whether the address of x is part of the description
@@ -81,31 +80,29 @@ class Launch:
         slots, sums = getattr(config, "partial_slots", (0, 0))
         slots *= self.grid if plan.split else 0
         self.room = slots * sums, slots
-        self.recorded: dict[tuple[int, ...], Recording] = {}  # by stream, thread, pitch and, if mapped, address of x
+        self.recorded: dict[tuple[Any, ...], Recording] = {}
 
     def partials(self, stream: int) -> tuple[int, int]:
-        """Addresses of the partial sums and flags, if the plan splits tiles."""
+        """Addresses of the partial sums and flags, if the plan splits tiles; other ones for each graph."""
         if not self.plan.split:
             return 0, 0
         space = launch.workspace(self.weight.device, stream, *self.room)
         return space.partial_pointer, space.flag_pointer
 
     def __call__(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
-        if self.plan.split:
-            self.launch(stream, x, pitch, y, bias)
-            return
-        place = stream, threading.get_ident(), pitch, x if self.mapped else 0
+        partials = self.partials(stream)
+        place = stream, threading.get_ident(), pitch, x if self.mapped else 0, partials
         launches = self.recorded.get(place)
         if launches is None:
             if len(self.recorded) >= MAPS:
                 self.recorded.clear()
             with Recording() as launches:
-                self.launch(stream, Varying(x, 0), pitch, Varying(y, 1), Varying(bias, 2))
+                self.launch(stream, Varying(x, 0), pitch, Varying(y, 1), Varying(bias, 2), partials)
             self.recorded[place] = launches
         launches(x, y, bias)
 
-    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
-        """What the call says."""
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int, partials: tuple[int, int]) -> None:
+        """What a call launches."""
         raise NotImplementedError
 
 
@@ -118,7 +115,7 @@ def runs_of(weight: SparseArray) -> int:
 
 
 class GemmLaunch(Launch):
-    """The ``wgmma.sp`` kernel; its tokens come through a tensor map, remembered for each address."""
+    """The ``wgmma.sp`` kernel; its tokens come through a tensor map, which is of an address."""
 
     mapped = True
 
@@ -129,17 +126,11 @@ class GemmLaunch(Launch):
         if weight.run:
             self.head += (weight.indices.pointer,)
             self.tail += weight.runs(plan.config.tile_k)
-        self.maps: dict[tuple[int, int], bytes] = {}
 
-    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
-        weight, place = self.weight, (x, pitch)
-        tensor_map = self.maps.get(place)
-        if tensor_map is None:
-            if len(self.maps) >= MAPS:
-                self.maps.clear()
-            shape = self.tokens, weight.columns
-            tensor_map = self.maps[place] = driver.tensor_map(x, shape, (2 * pitch,), self.box, weight.kind)
-        self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, *self.partials(stream), *self.tail)
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int, partials: tuple[int, int]) -> None:
+        shape = self.tokens, self.weight.columns
+        tensor_map = driver.tensor_map(x, shape, (2 * pitch,), self.box, self.weight.kind)
+        self.kernel(self.grid, stream, *self.head, tensor_map, y, bias, *partials, *self.tail)
 
 
 class MmaLaunch(Launch):
@@ -150,11 +141,11 @@ class MmaLaunch(Launch):
         self.index = 0 if weight.indices is None else weight.indices.pointer
         self.tail = *self.pieces, *weight.runs(plan.config.tile_k)
 
-    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int, partials: tuple[int, int]) -> None:
         weight = self.weight
         addresses = weight.blocks.pointer, x, self.index, y, bias
         sizes = weight.rows, self.tokens, weight.columns, self.k_blocks, pitch, weight.rows
-        self.kernel(self.grid, stream, *addresses, *self.partials(stream), *sizes, *self.tail)
+        self.kernel(self.grid, stream, *addresses, *partials, *sizes, *self.tail)
 
 
 class GemvLaunch(Launch):
@@ -165,7 +156,7 @@ class GemvLaunch(Launch):
         self.head = weight.blocks.pointer, weight.indices.pointer if weight.run else 0
         self.runs = weight.runs(BLOCK)
 
-    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int) -> None:
+    def launch(self, stream: int, x: int, pitch: int, y: int, bias: int, partials: tuple[int, int]) -> None:
         weight = self.weight
         sizes = weight.rows, self.tokens, weight.columns, pitch, weight.rows, self.k_blocks
         self.kernel(self.grid, stream, *self.head, x, y, bias, *sizes, *self.runs)
