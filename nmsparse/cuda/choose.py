@@ -223,7 +223,7 @@ def choose(problem: Problem, device: Device = H200) -> Plan:
 
     >>> plan = choose(Problem(8192, 8192, 8192))
     >>> plan.config.tile_m, plan.config.tile_t, plan.blocks
-    (128, 256, 132)
+    (128, 256, 128)
     """
     best = min(plans(problem, device), key=lambda plan: plan.seconds, default=None)
     if best is None:
