@@ -247,9 +247,9 @@ class GemvConfig:
 
 
 # The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
-# for five slots. In pairs, CTAs fetch their tokens once for both, which saves power, and power is what limits an H200
-# there. Small ones stream the weights once and keep as much of them as possible under way; they do not stay in the
-# L2 cache.
+# for five slots. Pairs of CTAs, which fetch their tokens once for both, come second: they wait for each other, and what
+# they save in power no longer makes up for it (benchmarks/LOG.md). Small tiles stream the weights once and keep as much
+# of them as possible under way; they do not stay in the L2 cache.
 SHIPPED = (
     GemmConfig(cluster=2, group=16),
     GemmConfig(group=16),
