@@ -189,8 +189,8 @@ class Experts:
         A call is checked, and its launches described, when its like is first seen; then they are repeated.
         """
         x, arrays = array.comparable(x), routing.arrays
-        kind, kinds = array.kind_of(x), [array.kind_of(given) for given in arrays]
-        like = [of.signature(given) for of, given in zip(kinds, arrays, strict=False)]
+        kind, kinds = array.kind_of(x), [array.kind_of(one) for one in arrays]
+        like = [of.signature(one) for of, one in zip(kinds, arrays, strict=False)]
         key = base is not None, routing.settings, kind.signature(x), *like
         call = self.calls.get(key)
         if call is None:
@@ -209,7 +209,7 @@ class Experts:
         launches = call.recorded.get(place)
         if launches is None:
             launches = call.recorded[place] = self._record(call, kind.view(x), routing, stream, start)
-        given = [of.pointer(array) for of, array in zip(kinds, arrays, strict=False)]
+        given = [of.pointer(one) for of, one in zip(kinds, arrays, strict=False)]
         launches(at, kind.pointer(y), 0 if base is None else kind.pointer(base), *given)
         return y
 
