@@ -187,9 +187,10 @@ def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     resident = device.sms * config.ctas
     warps = config.warps * min(config.ctas, -(-blocks // device.sms))
     memory = min(device.memory, GEMV_SAMOYEDS[16 if warps >= 16 else 8]) if config.pairs else device.memory
-    reread = (
-        device.reread_16 if config.tile_t > 8 else REREAD_SAMOYEDS if config.pairs else device.reread / config.batch
-    )
+    if config.tile_t > 8:
+        reread = device.reread_16
+    else:
+        reread = REREAD_SAMOYEDS if config.pairs else device.reread / config.batch
     again = 2 * blocks * problem.tokens * problem.columns / reread
     late = WAVE * (-(-blocks // resident) - 1) if config.ctas == 1 else 0.0
     late += 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0

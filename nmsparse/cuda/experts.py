@@ -86,12 +86,12 @@ def tiles_cost(mean: float, tile: int) -> float:
     (2.6, 2.7)
     """
     whole, short = TILE_COST[tile]
-    total = 0.0
+    costs, shares = [], []
     for step in range(-8, 9):  # of a quarter of a standard deviation
         full, left = divmod(max(0.0, mean + step / 4 * mean**0.5), tile)
-        share = math.exp(-((step / 4) ** 2) / 2)
-        total += share * (full * whole + (0 if left < 0.5 else short if left <= tile / 2 else whole))
-    return total / sum(math.exp(-((step / 4) ** 2) / 2) for step in range(-8, 9))
+        costs.append(full * whole + (0 if left < 0.5 else short if left <= tile / 2 else whole))
+        shares.append(math.exp(-((step / 4) ** 2) / 2))
+    return float(np.average(costs, weights=shares))
 
 
 @dataclass

@@ -187,11 +187,8 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
     comes on the caller's stream. ``config`` forces a :class:`~nmsparse.cuda.choose.Plan`. Sums are fp32, in the same
     order in every call. Raises :class:`~nmsparse.errors.NMSparseError` where shapes or dtypes do not fit.
     """
+    x, sparse, weight = array.comparable(x), weight, operand(weight)
     kind = array.kind_of(x)
-    if kind.signature is None:
-        x = kind.view(x)
-        kind = array.kind_of(x)
-    sparse, weight = weight, operand(weight)
     like = kind.signature(x)
     tokens, pitch, wanted, usual = weight.places.get(like) or _place(kind.view(x), weight, like)
     if out is None:

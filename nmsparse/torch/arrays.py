@@ -36,7 +36,6 @@ class _Entry(NamedTuple):
     storage: StorageWeakRef
     array: SparseArray  # of compact weights the kernels' projection
     experts: dict[str, SparseExperts]  # by activation, if the array is a gate and up projection
-    shape: list[int]
     seen: tuple[Any, ...] = ()  # weak references to the tensors, and their versions: quicker for who has the same ones
 
     def is_of(self, values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, shape: Sequence[int]) -> bool:
@@ -51,7 +50,7 @@ class _Entry(NamedTuple):
             and meta._version == version_of_meta
             and (indices is None if third is None else third() is indices and others == _state(indices))
             and self.state[0] == pattern
-            and self.shape == shape
+            and self.array.shape == tuple(shape)
         )
 
 
@@ -92,7 +91,7 @@ def remember(buffers: Buffers, array: Any, experts: dict[str, SparseExperts]) ->
     """From now on ``buffers`` stand for ``array``, the first or second weight of ``experts``: for compact weights."""
     values, meta, indices, pattern, shape = buffers
     state, seen = _state_of(values, meta, indices, pattern, shape), _seen(values, meta, indices)
-    entry = _Entry(state, _storage(values), array, experts, [*shape], seen)
+    entry = _Entry(state, _storage(values), array, experts, seen)
     _entries[values.data_ptr(), meta.data_ptr()] = entry
 
 
@@ -108,12 +107,12 @@ def _entry(values: Tensor, meta: Tensor, indices: Tensor | None, pattern: str, s
     if entry is not None and entry.is_of(values, meta, indices, pattern, shape):
         return entry
     if values.is_inference() or meta.is_inference():  # torch counts no versions of these
-        return _Entry((), _storage(values), _build(values, meta, indices, pattern, shape), {}, [*shape])
+        return _Entry((), _storage(values), _build(values, meta, indices, pattern, shape), {})
     state = _state_of(values, meta, indices, pattern, shape)
     if entry is not None and entry.state == state and not entry.storage.expired():
         return entry
     array = _build(values, meta, indices, pattern, shape)
-    entry = _Entry(state, _storage(values), array, {}, [*shape], _seen(values, meta, indices))
+    entry = _Entry(state, _storage(values), array, {}, _seen(values, meta, indices))
     for place, old in list(_entries.items()):
         if old.storage.expired():
             _entries.pop(place, None)
