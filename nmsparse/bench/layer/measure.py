@@ -7,6 +7,7 @@ from typing import Any
 
 from ...errors import require
 from ..gpu import Timed, attempt, captured, seconds_of, waits_for_gpu
+from ..moe.weights import relative_error
 from ..timing import medians
 from .stacks import Case, Contender, Past
 
@@ -40,7 +41,7 @@ def measure(case: Case, model: Any, made: dict[str, Contender], row: dict[str, A
         if id(contender.reference) not in wanted:
             wanted[id(contender.reference)] = _added(contender.reference, inputs[0], rotary, pasts[:1])
         got = _added(contender, inputs[0], rotary, pasts[:1])
-        row["error"][name] = error = median_error([got], [wanted[id(contender.reference)]])
+        row["error"][name] = error = relative_error(got, wanted[id(contender.reference)])
         if error > WRONG:
             raise ValueError(f"relative error {error:.2g} against the plain loop; what is wrong is not timed")
         if not case.past:  # a graph would gain nothing: the GPU is busy
@@ -89,7 +90,8 @@ def median_error(got: list[Any], want: list[Any]) -> float:
     """Norm of a token's difference over that of what is wanted, in the median of all tokens; inf where one is NaN.
 
     The median, since two calls of the same layer differ: the attention of torch adds up its parts in any order, and
-    now and then another last bit turns a choice between two experts. What is wrong is wrong for most tokens.
+    now and then another last bit turns a choice between two experts. A graph that reads or routes what it should not
+    is wrong for most tokens; whether the experts are right is checked before, on the whole.
     """
     torch = require("torch", "torch")
     errors = [
