@@ -35,10 +35,11 @@ class Device:
     stream_2: float = 66e9  # and with that of two, which holds more
     reread: float = 28e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
     reread_16: float = 2.2e12  # the same of more than eight tokens, which take twice the registers
-    start: float = 2.0e-6  # launch of the kernel for few tokens
+    start: float = 1.84e-6  # launch of the kernel for few tokens
     launch: float = 2.7e-6  # launch of a pipelined kernel, until its ring is filled
     exchange: float = 1.1e-6  # of partial sums between CTAs, besides the bytes
     exchange_part: float = 0.4e-6  # for each part of a tile
+    exchange_feed: float = 60e9  # bytes/s of the partial sums of a CTA
 
     @property
     def hopper(self) -> bool:
@@ -50,15 +51,14 @@ class Device:
 
         ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
         fetch them, and a little less where the CTAs of a cluster wait for each other.
-        Samoyeds: what the kernel reached with runs of 128 columns.
+        Samoyeds: the steps of small tiles; those of large ones take as long as their bytes.
         ``mma.sp``: what the kernel reached, most with 128 sums a thread, least where it loads single elements.
         """
         if isinstance(config, MmaConfig):
             if not config.vector or config.gather:
                 return MMA_ELEMENTS / 132
             return (MMA_LARGE if config.sums >= 128 else MMA) / 132
-        short = 0.8 if config.tile_k == BLOCK else 1.0  # steps of 64 columns, of which Samoyeds waits for each
-        shared = short if config.pairs else 0.86 * (0.97 if config.cluster > 1 else 1.0)
+        shared = 1.0 if config.pairs else 0.86 * (0.97 if config.cluster > 1 else 1.0)
         rates = SAMOYEDS if config.pairs else WGMMA
         for tokens, rate in rates:
             if config.tile_t >= tokens:
@@ -68,13 +68,16 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-SAMOYEDS = ((128, 1621e12), (96, 1496e12), (64, 1222e12))
+SAMOYEDS = ((96, 2400e12), (64, 1222e12))
+STEP = 0.053e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
 GEMV_SAMOYEDS = {8: 3.3e12, 16: 3.9e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
 REREAD_SAMOYEDS = 4.5e12  # bytes/s of tokens, of this kernel
 COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
 ROUND = 0.5e-6  # seconds of a trip to memory with all blocks that a CTA has under way
 WAVE = 1e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-EPILOGUE = 1.9e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+ADD = 0.02e-6  # seconds for the sums of a warp
+EPILOGUE = 2e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.13  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 
@@ -171,11 +174,14 @@ def _plan(
     padding = 2 * max(config.tile_t - problem.tokens, 0) * config.tile_k
     stream = device.stream if getattr(config, "warpgroups", 1) == 1 else device.stream_2
     cold = (weights + padding) / stream if problem.tokens <= 2 * config.tile_t else 0.0
-    step = max(flops / device.multiply(config), (weights + config.token_bytes) / device.feed, cold)
+    brought = (weights + config.token_bytes) / device.feed
+    step = max(flops / device.multiply(config), brought + (STEP if pairs else 0.0), cold)
     partial = 4 * config.tile_m * config.tile_t
-    exchange = device.exchange + parts * (device.exchange_part + partial / device.feed) if split else 0.0
+    exchange = device.exchange + parts * (device.exchange_part + partial / device.exchange_feed) if split else 0.0
     busy, moving = path * step, problem.nbytes / (COPIED * device.memory)
     if pairs:
+        if config.tile_t >= 128:
+            busy *= 1 - POWER * (1 - workers / device.sms)
         busy += (whole + bool(split)) * EPILOGUE * config.tile_t / 128
     seconds = device.launch + max(busy, moving) + 0.05 * min(busy, moving) + exchange
     return Plan(config, workers, split, parts, seconds)
@@ -192,10 +198,11 @@ def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     else:
         reread = REREAD_SAMOYEDS if config.pairs else device.reread / config.batch
     again = 2 * blocks * problem.tokens * problem.columns / reread
-    late = WAVE * (-(-blocks // resident) - 1) if config.ctas == 1 else 0.0
+    late = WAVE / config.ctas * (-(-blocks // resident) - 1) if config.ctas <= 2 else 0.0
     late += 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
     trips = ROUND * -(-problem.k_blocks // (config.warps * config.batch))
-    return Plan(config, blocks, 0, 1, device.start + max(problem.nbytes / memory, trips) + again + late)
+    start = device.start + ADD * config.warps
+    return Plan(config, blocks, 0, 1, start + max(problem.nbytes / memory, trips) + again + late)
 
 
 def plans(problem: Problem, device: Device) -> Iterator[Plan]:

@@ -54,7 +54,6 @@ class GemmConfig(PairSums):
     group: int = 8  # row tiles that go through the tokens together
     weights_hint: str | None = None  # L2 policy of the weights
     pairs: bool = False  # Samoyeds 1:2
-    ordered: bool = False  # the consumers multiply by turns
 
     @property
     def name(self) -> str:
@@ -75,8 +74,18 @@ class GemmConfig(PairSums):
 
     @property
     def run_sums(self) -> int:
-        """Accumulators of a thread that ``wgmma`` adds to; of Samoyeds, those of one run of V columns."""
+        """Accumulators of a thread that ``wgmma`` adds to."""
         return self.blocks * self.tile_t // 2
+
+    @property
+    def sums(self) -> int:
+        """All accumulators of a thread: Samoyeds also has those of the even output rows."""
+        return self.run_sums * (2 if self.pairs else 1)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Which accumulators, from and up to, make the outputs at the end of a tile."""
+        return 0, self.sums
 
     @property
     def fillers(self) -> int:
@@ -119,9 +128,14 @@ class GemmConfig(PairSums):
         return self.height * 2 + 16
 
     @property
+    def staged_tokens(self) -> int:
+        """Tokens that the epilogue stages before it writes them: all, or a chunk where a slot is worth more."""
+        return self.tile_t if self.tile_t <= 128 else self.chunk
+
+    @property
     def staging_bytes(self) -> int:
-        """What one warpgroup needs for the epilogue: Samoyeds stages a tile, 2:4 a chunk of it."""
-        return self.tile_t * self.staged_token_bytes if self.pairs else self.chunk * BLOCK * 2
+        """What one warpgroup needs for the epilogue: Samoyeds stages whole outputs, 2:4 a chunk of a block."""
+        return self.staged_tokens * self.staged_token_bytes if self.pairs else self.chunk * BLOCK * 2
 
     @property
     def staging_offset(self) -> int:
@@ -141,7 +155,7 @@ class GemmConfig(PairSums):
     @property
     def producer_registers(self) -> int:
         """What the producer keeps of its share at launch: the more copies a step has, the more addresses."""
-        two = 40 if self.sums > 128 else 72 if self.tile_k == BLOCK else 88
+        two = 24 if self.sums > 176 else 40 if self.sums > 128 else 72 if self.tile_k == BLOCK else 88
         return 88 if self.warpgroups == 1 else two
 
     @property
@@ -177,7 +191,7 @@ class GemmConfig(PairSums):
             found.append(f"stages={self.stages}: one slot fills while another is read")
         if self.shared_bytes > SHARED_MEMORY:
             found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
-        room = 40 if self.pairs else 56 if self.blocks == 1 else 80
+        room = 32 if self.pairs else 56 if self.blocks == 1 else 80
         if self.sums + room > self.consumer_registers:
             found.append(f"registers: {self.sums} sums a thread leave no room in {self.consumer_registers}")
         return found
@@ -230,8 +244,10 @@ class GemvConfig:
 
     @property
     def ctas(self) -> int:
-        """CTAs that share an SM: registers hold 24 warps with two blocks of eight tokens under way, 16 with four."""
-        warps = {1: 24, 2: 24, 4: 16}.get(self.batch * self.tile_t // 8, 8)
+        """CTAs that share an SM: registers hold 32 warps with one block of eight tokens under way, 24 with two, 16 with
+        four.
+        """
+        warps = {1: 32, 2: 24, 4: 16}.get(self.batch * self.tile_t // 8, 8)
         return max(1, warps // self.warps)
 
     def problems(self) -> list[str]:
@@ -247,14 +263,14 @@ class GemvConfig:
 
 
 # The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
-# for five slots. Pairs of CTAs, which fetch their tokens once for both, come second: they wait for each other, and what
-# they save in power no longer makes up for it (benchmarks/LOG.md). Small tiles stream the weights once and keep as much
-# of them as possible under way; they do not stay in the L2 cache.
+# for five slots. Clusters of CTAs, which fetch their tokens once for all, are not among them: they wait for each other,
+# which costs more than it saves (benchmarks/LOG.md). Small tiles stream the weights once and keep as much of them as
+# possible under way; they do not stay in the L2 cache.
 SHIPPED = (
-    GemmConfig(cluster=2, group=16),
     GemmConfig(group=16),
     GemmConfig(tile_t=192, stages=6),
-    *(GemmConfig(tile_t=tile_t, tile_k=128, stages=stages) for tile_t, stages in ((128, 4), (96, 5))),
+    GemmConfig(tile_t=128, tile_k=128, stages=4),
+    GemmConfig(tile_t=96, tile_k=128, stages=5),
     *(
         GemmConfig(warpgroups=warpgroups, tile_t=tile_t, tile_k=128, stages=stages, weights_hint="evict_first")
         for warpgroups, tile_t, stages in (
@@ -270,12 +286,11 @@ SHIPPED = (
     ),
 )
 
-# Samoyeds: a third of the sums for a run, so 128 tokens at most. Steps of 128 columns where runs are as long: each ends
-# with a wait. A deep ring for few tokens, one consumer where two would leave SMs without a tile.
+# Samoyeds: half of the sums are those of the even rows, so 192 tokens at most. Steps of 128 columns where runs are as
+# long: each ends with a wait. A deep ring for few tokens, one consumer where two would leave SMs without a tile.
 SHIPPED_SAMOYEDS = tuple(
     GemmConfig(
         pairs=True,
-        ordered=True,
         warpgroups=warpgroups,
         tile_t=tile_t,
         tile_k=tile_k,
@@ -284,14 +299,19 @@ SHIPPED_SAMOYEDS = tuple(
     ).deepest()
     for tile_k in (128, 64)
     for warpgroups in (2, 1)
-    for tile_t in (128, 96, 64, 32, 16, 8)
+    for tile_t in (192, 176, 160, 128, 96, 64, 32, 16, 8)
     if warpgroups == 2 or tile_t <= 64
 )
 
-# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM. Of Samoyeds, more
-# warps suit a CTA that has an SM for itself. Sixteen tokens pay for small matrices, where the pipeline of the other
-# kernel would not fill.
-SHIPPED_GEMV = (GemvConfig(batch=4), GemvConfig(batch=2), GemvConfig(tile_t=16, warps=16, batch=1))
+# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM; sixteen warps with
+# one read the tokens less often. Of Samoyeds, more warps suit a CTA that has an SM for itself. Sixteen tokens pay for
+# small matrices, where the pipeline of the other kernel would not fill.
+SHIPPED_GEMV = (
+    GemvConfig(batch=4),
+    GemvConfig(batch=2),
+    GemvConfig(warps=16, batch=1),
+    GemvConfig(tile_t=16, warps=16, batch=1),
+)
 SHIPPED_GEMV_SAMOYEDS = (
     GemvConfig(batch=4, pairs=True),
     GemvConfig(warps=16, batch=2, pairs=True),

@@ -66,14 +66,14 @@ class GroupedConfig(GemmConfig):
     @property
     def staging_bytes(self) -> int:
         """What one warpgroup needs for the epilogue."""
-        return self.tile_t * self.staged_token_bytes
+        return self.staged_tokens * self.staged_token_bytes
 
     @property
     def producer_registers(self) -> int:
         """What the producer keeps: with a gather, the rows that a thread copies."""
         if self.warpgroups == 1:
             return 88
-        return 40 if self.sums > 128 else 72
+        return 72 if self.sums <= 128 else 56 if self.gather else 40
 
     @property
     def signature(self) -> str:
@@ -87,8 +87,6 @@ class GroupedConfig(GemmConfig):
             found.append(f"blocks={self.blocks}, cluster={self.cluster}: one of each")
         if self.dense and self.pairs:
             found.append("dense, pairs: one kind of weight")
-        if self.ordered and not self.pairs:
-            found.append("ordered: only Samoyeds has something to add while the other consumer multiplies")
         if self.gated and self.tile_t not in (8, 16) and self.tile_t % 32:
             found.append(f"tile_t={self.tile_t}: gated epilogues store 8, 16 or multiples of 32 tokens")
         return found

@@ -17,7 +17,6 @@ products: two launches, and two for each kind. The pairs of dropped experts get 
 
 from __future__ import annotations
 
-import math
 import threading
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,7 +38,10 @@ from .routing import IDS, Given, Logits, places
 __all__ = ["Experts", "grouped_matmul", "tile_of"]
 
 ROW = 8  # bytes of a plan for each expert
-WIDE, MANY = 2048, 500  # neurons of an expert, and tokens for each, from which on tokens are copied; benchmarks/LOG.md
+# Neurons of an expert and tokens for each from which on tiles are as wide as registers allow: of Samoyeds that is wider
+# with tokens in order than with a gather, so they are copied. benchmarks/LOG.md
+WIDE, MANY = 2048, {"samoyeds": 2000, "2:4": 500, "dense": 500}
+WIDEST = {"samoyeds": 192, "2:4": 256, "dense": 256}
 CALLS = 1024  # kinds of calls that a layer remembers
 FEW_TOKENS = 8  # what the kernel without a pipeline takes of each expert
 
@@ -53,45 +55,51 @@ def active_experts(tokens: int, top_k: int, experts: int) -> float:
     return experts * (1 - (1 - top_k / experts) ** tokens)
 
 
-def tile_of(tokens: int, top_k: int, experts: int, widest: int) -> int:
-    """Tokens of a tile: as many as an expert usually gets, so that its weights are read once; of many tokens, what
-    takes least.
+def tile_of(tokens: int, top_k: int, experts: int, kind: str) -> int:
+    """Tokens of a tile of weights of ``kind``: as many as an expert usually gets, so that its weights are read once; of
+    many tokens, what takes least.
 
     Usually: one and a half standard deviations above the mean of a Poisson distribution, of uniformly routed experts
     about 93 % get no more.
 
-    >>> [tile_of(tokens, 8, 64, 128) for tokens in (1, 64, 256, 512, 4096)]
-    [8, 16, 64, 96, 128]
-    >>> tile_of(4096, 4, 60, 128)  # 273 of an expert are three tiles of 96, or two of 128 and a short one
-    96
+    >>> [tile_of(tokens, 8, 64, "2:4") for tokens in (1, 64, 256, 512, 8192)]
+    [8, 16, 64, 96, 256]
+    >>> tile_of(8192, 8, 64, "samoyeds")
+    160
     """
     mean = tokens * top_k / active_experts(tokens, top_k, experts)
     usual = mean + 1.5 * mean**0.5
-    if usual <= 96:
-        return next(tile for tile in (8, 16, 32, 64, 96) if usual <= tile)
-    if widest > 128:
-        return widest
-    return 96 if tiles_cost(mean, 96) < 0.965 * tiles_cost(mean, 128) else 128
+    if usual <= MOST:
+        return next(tile for tile in (8, 16, 32, 64, 96, 128, MOST) if usual <= tile)
+    return min(TILE_COST[kind], key=lambda tile: tiles_cost(mean, kind, tile))
 
 
-# What a tile costs and what one of which half or less is tokens does, in tiles of 128; fitted, benchmarks/LOG.md.
-TILE_COST = {96: (0.84, 0.53), 128: (1.0, 0.87)}
+MOST = 160  # tokens of a tile that is to hold all of an expert
+# What a tile costs, and one of which half or less is tokens, in tiles of 128; fitted, benchmarks/LOG.md.
+TILE_COST = {
+    "samoyeds": {128: (1.0, 0.97), 160: (1.18, 0.92)},
+    "2:4": {128: (1.0, 0.92), 160: (1.28, 1.07), 192: (1.38, 1.13), 256: (1.74, 1.40)},
+    "dense": {128: (1.0, 1.0), 160: (1.23, 0.83), 192: (1.41, 1.16), 256: (1.87, 1.45)},
+}
+QUARTERS = np.arange(-8, 9) / 4  # of a standard deviation
 
 
-def tiles_cost(mean: float, tile: int) -> float:
-    """Expected cost of an expert's tiles, whose tokens are Poisson-distributed (as a normal distribution) around
-    ``mean``.
+def tiles_cost(mean: float, kind: str, tile: int) -> float:
+    """Expected cost of an expert's tiles, whose tokens have this mean. The host does not know the routing, so half of
+    the cost is of experts that are alike (normally distributed, as Poisson) and half of unequal ones (exponentially).
 
-    >>> round(tiles_cost(273, 96), 1), round(tiles_cost(273, 128), 1)
-    (2.6, 2.7)
+    >>> [round(tiles_cost(273, "samoyeds", tile), 1) for tile in (128, 160)]
+    [2.7, 2.4]
     """
-    whole, short = TILE_COST[tile]
-    costs, shares = [], []
-    for step in range(-8, 9):  # of a quarter of a standard deviation
-        full, left = divmod(max(0.0, mean + step / 4 * mean**0.5), tile)
-        costs.append(full * whole + (0 if left < 0.5 else short if left <= tile / 2 else whole))
-        shares.append(math.exp(-((step / 4) ** 2) / 2))
-    return float(np.average(costs, weights=shares))
+    whole, short = TILE_COST[kind][tile]
+
+    def cost(tokens: np.ndarray) -> np.ndarray:
+        full, left = np.divmod(tokens, tile)
+        return full * whole + np.where(left < 0.5, 0.0, np.where(left <= tile / 2, short, whole))
+
+    alike = np.average(cost(np.maximum(0.0, mean + QUARTERS * mean**0.5)), weights=np.exp(-(QUARTERS**2) / 2))
+    unequal = cost(-mean * np.log((np.arange(64) + 0.5) / 64)).mean()
+    return float(alike + unequal) / 2
 
 
 @dataclass
@@ -251,10 +259,13 @@ class Experts:
 
     def _products(self, tokens: int, top_k: int) -> _Products:
         pairs, active = tokens * top_k, active_experts(tokens, top_k, self.experts)
-        copies = self.width >= WIDE and pairs >= MANY * active
-        # Samoyeds has three sums for each token; a gather keeps up with 128.
-        sparser = any("samoyeds" in (part.gate_up.kind, part.down.kind) for part in self.parts)
-        tile_t = tile_of(tokens, top_k, self.experts, 256 if copies and not sparser else 128)
+        kinds = {projection.kind for part in self.parts for projection in (part.gate_up, part.down)}
+        kind = next(kind for kind in TILE_COST if kind in kinds)  # Samoyeds has registers for the fewest tokens
+        many = self.width >= WIDE and pairs >= MANY[kind] * active
+        tile_t, copies = (
+            WIDEST[kind] if many else tile_of(tokens, top_k, self.experts, kind),
+            many and kind == "samoyeds",
+        )
         few = tokens <= FEW_TOKENS and tile_t == FEW_TOKENS
         gate_up, down = [], []
         for part in self.parts:
@@ -304,7 +315,7 @@ def grouped_matmul(x: Any, weight: Any, offsets: Any) -> Any:
     stream = kind.stream(x)
     ready = projection.plans.get(pairs)
     if ready is None:
-        tile_t = tile_of(pairs, 1, projection.experts, 128)
+        tile_t = tile_of(pairs, 1, projection.experts, projection.kind)
         active = min(projection.experts, pairs)
         ready = projection.plans[pairs] = tile_t, *projection.plan(tile_t, False, pairs, active)
     tile_t, config, grid = ready

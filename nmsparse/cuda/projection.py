@@ -75,13 +75,12 @@ class Projection:
         kind |= {"activation": self.activation, "part": self.part}
         if few:
             return GroupedGemvConfig(**kind)
-        narrow = self.kind == "dense" or tile_t > 128 or (pairs and self.run_columns % 128)
+        narrow = self.run_columns % 128 if pairs else self.kind == "dense" or tile_t > 128
         found = GroupedConfig(
             warpgroups=warpgroups,
             tile_t=tile_t,
             tile_k=64 if narrow else 128,
             dense=self.kind == "dense",
-            ordered=pairs and tile_t > 64,
             weights_hint="evict_first" if tile_t <= 32 and self.kind != "dense" else None,
             group=16 if tile_t <= 128 else 8,
             **kind,

@@ -239,6 +239,7 @@ def test_tiles_hold_what_experts_usually_get():
     for tokens in (1, 7, 64, 500, 4096):
         for top_k, experts in ((2, 8), (8, 64), (1, 512), (8, 8)):
             mean = tokens * top_k / active_experts(tokens, top_k, experts)
-            tile = tile_of(tokens, top_k, experts, 128)
-            assert tile in (8, 16, 32, 64, 96, 128)
-            assert tile == 128 or tile >= mean
+            for kind in ("samoyeds", "2:4", "dense"):
+                tile = tile_of(tokens, top_k, experts, kind)
+                assert tile in (8, 16, 32, 64, 96, 128, 160, 192, 256)
+                assert tile >= min(mean, 128)

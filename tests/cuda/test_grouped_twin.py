@@ -18,7 +18,7 @@ from nmsparse.reference import ACTIVATIONS
 
 PLAIN = GroupedConfig(tile_t=16, stages=3)
 GATED = replace(PLAIN, gated=True, activation="silu", gather=True)
-KINDS = {"2:4": {}, "samoyeds": {"pairs": True}, "by turns": {"pairs": True, "ordered": True}, "dense": {"dense": True}}
+KINDS = {"2:4": {}, "samoyeds": {"pairs": True}, "dense": {"dense": True}}
 CONFIGS = [
     replace(PLAIN, tile_t=8, stages=2),
     replace(PLAIN, tile_t=8, tile_k=128, gather=True, dtype="bf16"),
@@ -46,7 +46,7 @@ kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 def name(cfg):
     sizes = f"{cfg.warpgroups}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages} {cfg.dtype} {cfg.activation}"
-    return sizes + " gate" * cfg.gated + " gather" * cfg.gather + " ordered" * cfg.ordered
+    return sizes + " gate" * cfg.gated + " gather" * cfg.gather
 
 
 def columns_of(cfg, k):

@@ -142,8 +142,8 @@ def test_leading_axes(launched):
 
 def test_wide_experts_copy_their_tokens_when_they_route(launched, monkeypatch):
     """Few experts and many tokens: the launch that routes also copies the tokens into order."""
-    monkeypatch.setattr(experts, "MANY", 100)
-    made, x = parts("mixtral", hidden=16, width=2048), tokens_of(420, hidden=16)
+    monkeypatch.setitem(experts.MANY, "samoyeds", 100)
+    made, x = parts("mixtral", pattern="samoyeds:1:2:64", hidden=16, width=2048), tokens_of(420, hidden=16)
     made["router"] = Router(4, renormalize=True)
     close(on_gpu(made)(from_host(x)).numpy(), MoELayer(**made)(x))
     assert launched[0].copies and not launched[1].gather
@@ -189,7 +189,7 @@ def test_experts_of_several_patterns(launched, tokens):
 
 
 def test_wide_experts_of_several_patterns_copy_their_tokens(launched, monkeypatch):
-    monkeypatch.setattr(experts, "MANY", 100)
+    monkeypatch.setitem(experts.MANY, "samoyeds", 100)
     here, x = mixed(hidden=16, width=2048), tokens_of(210, hidden=16)
     logits = np.random.default_rng(0).standard_normal((210, len(KINDS))).astype(np.float32)
     y = there(here).from_logits(from_host(x), from_host(logits), Router(4))

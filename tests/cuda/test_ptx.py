@@ -25,8 +25,8 @@ MODULES = {
 }
 # Arguments of the functions that make instructions: every family, both ends of every range.
 MADE = {
+    "arithmetic.add_scaled": [(1,), (2,), (8,)],
     "arithmetic.add_to_one_of_two": [(1,), (2,), (8,)],
-    "barrier.named_arrive": [(32,), (256,), (1024,)],
     "barrier.named_barrier": [(32,), (128,), (1024,)],
     "copy.cp_async": [(4,), (8,), (16,)],
     "copy.wait": [(0,), (3,)],
@@ -74,8 +74,8 @@ MADE = {
     "wgmma.wait": [(0,), (7,)],
 }
 REFUSED = {
+    "arithmetic.add_scaled": [(0,)],
     "arithmetic.add_to_one_of_two": [(0,)],
-    "barrier.named_arrive": [(0,), (100,), (2048,)],
     "barrier.named_barrier": [(0,), (100,), (2048,)],
     "copy.cp_async": [(2,), (32,)],
     "copy.bulk_load": [("evict_never",)],

@@ -16,14 +16,15 @@ from nmsparse.cuda.kernels import samoyeds as text
 from nmsparse.cuda.layout import blocks_of
 from nmsparse.cuda.tile.cpu import samoyeds
 
-PAIRS = GemmConfig(pairs=True, ordered=True)
+PAIRS = GemmConfig(pairs=True)
 CONFIGS = [
     replace(PAIRS, tile_t=8, stages=2),
     replace(PAIRS, tile_t=16, stages=3, dtype="bf16", bias=True),
     replace(PAIRS, tile_t=32, tile_k=128, stages=2, bias=True),
-    replace(PAIRS, tile_t=48, stages=4, group=1, ordered=False),
+    replace(PAIRS, tile_t=48, stages=4, group=1),
     replace(PAIRS, tile_t=128, tile_k=128, stages=3, dtype="bf16"),
-    replace(PAIRS, warpgroups=1, tile_t=16, tile_k=128, stages=2, ordered=False),
+    replace(PAIRS, tile_t=176, stages=2, bias=True),
+    replace(PAIRS, warpgroups=1, tile_t=16, tile_k=128, stages=2),
     replace(PAIRS, warpgroups=1, tile_t=8, stages=4, bias=True),
     replace(PAIRS, tile_t=16, stages=2, cluster=2, bias=True),
     replace(PAIRS, warpgroups=1, tile_t=32, tile_k=128, stages=2, cluster=4),
@@ -34,7 +35,7 @@ SCHEDULES = [(1, 0, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3)]  # workers, split tiles
 
 def name(cfg):
     sizes = f"{cfg.warpgroups}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages} cluster {cfg.cluster}"
-    return f"{sizes} {cfg.dtype}{' bias' * cfg.bias}{' ordered' * cfg.ordered}"
+    return f"{sizes} {cfg.dtype}{' bias' * cfg.bias}"
 
 
 def fitting(cfg, rows, tokens, k, schedule):

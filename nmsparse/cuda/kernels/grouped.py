@@ -19,7 +19,7 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
     with few tokens, as the last one of an expert often is, gets instructions for as few.
     """
     if cfg.pairs:
-        whole, few = _runs(tile, tile.multiply, turns=True), _runs(tile, tile.multiply_few, turns=False)
+        whole, few = _runs(tile, tile.multiply), _runs(tile, tile.multiply_few)
     else:
         whole, few = _sum(tile, tile.multiply), _sum(tile, tile.multiply_few)
     FEW = cfg.few if cfg.few < cfg.tile_t else 0
@@ -49,7 +49,6 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
                         turn += 1
         else:
             tile.take_registers()
-            tile.take_turns()
             acc = tile.accumulator()
             for index in range(tile.share(tiles)):
                 expert, row, first, end = tile.place(tile.nth(index), row_tiles, plan_gmem, experts)
@@ -64,33 +63,24 @@ def make_grouped(tile: Any, cfg: Any) -> Any:
     return grouped
 
 
-def _runs(tile: Any, multiply: Any, turns: bool) -> Any:
-    """The sums of a tile of Samoyeds, run by run, by ``multiply``; returns the turn after its last.
-
-    With ``turns`` one consumer adds while the other multiplies. Few tokens are multiplied before the other could begin.
-    """
-    TURNS = turns
+def _runs(tile: Any, multiply: Any) -> Any:
+    """The sums of a tile of Samoyeds, run by run, by ``multiply``; returns the turn after its last."""
 
     @tile.inline
     def products(acc, ring, turn, picks, steps, run_steps, runs):
-        run, left, keep = 0, run_steps, False
+        run, left, odd = 0, run_steps, tile.pick(picks, 0)
         for step in range(steps):
-            odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
+            following = tile.pick(picks, min(run + 1, runs - 1))  # padding may go beyond the last
             tile.wait_full(ring, turn)
-            if TURNS:
-                tile.await_turn()
-            multiply(acc, ring, turn, keep)
-            if TURNS:
-                tile.pass_turn()
+            multiply(acc, ring, turn, step > 0)
             tile.wait_wgmma()
             tile.release(ring, turn)
             turn += 1
             left -= 1
-            keep = left > 0
-            if left == 0 or step == steps - 1:
-                tile.add_run(acc, odd)
-                run += 1
-                left = run_steps
+            if left == 0 and step < steps - 1:
+                tile.end_run(acc, odd, following)
+                odd, run, left = following, run + 1, run_steps
+        tile.end_runs(acc, odd)
         return turn
 
     return products

@@ -1,4 +1,4 @@
-"""The Samoyeds product on Hopper: ``wgmma.sp`` on sub-rows, sums of runs handed to one of two outputs."""
+"""The Samoyeds product on Hopper: ``wgmma.sp`` on sub-rows, two outputs told apart at the ends of runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
 
     In NumPy: ``Y = X @ W.todense().T + bias``.
 
-    A packed row r is the sub-row of output rows 2r and 2r + 1: in each run of V columns it belongs to one of them,
-    which ``picks_gmem[r, run]`` says. ``wgmma`` adds up a run; at its end each thread adds these sums to those of the
-    even or of the odd row (the place where Samoyeds, EuroSys 2025, exchanges accumulators). While one consumer adds,
-    the tensor cores work for the other. All else is :mod:`~nmsparse.cuda.kernels.gemm`.
+    A packed row r is the sub-row of output rows 2r and 2r + 1: in each run of V columns it belongs to one of them, as
+    ``picks_gmem[r, run]`` says. ``wgmma`` adds up all columns, and never starts anew. What of that belongs to the even
+    row follows by *summation by parts*: with S[j] the sum up to the end of run j, and odd[j] 0 or 1,
+
+        even = Σ_j (1 - odd[j]) · (S[j] - S[j - 1]) = Σ_j (odd[j + 1] - odd[j]) · S[j],  odd = 1 after the last run,
+
+    one multiply-add of a thread for each of its sums at the end of a run, into one more set of registers; the odd row
+    is the rest, S - even. (Samoyeds, EuroSys 2025, exchanges two sets of accumulators there.) While one consumer adds,
+    the tensor cores work for the other. Rounding errors of a row are relative to the pair's sums, and what is not
+    finite in one row is not in the other. All else is :mod:`~nmsparse.cuda.kernels.gemm`.
     """
 
     def samoyeds(
@@ -43,7 +49,6 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                         turn += 1
         else:
             tile.take_registers()
-            tile.take_turns()
             acc = tile.accumulator()
             for index in range(pieces):
                 number, first, last = tile.piece(index, tiles, split, parts, steps)
@@ -51,22 +56,19 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                 tile.zero(acc)
                 picks = tile.picks(picks_gmem, row, rows, runs)
                 run, left = tile.run_of(first, run_steps)
-                keep = False
+                odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
                 for step in range(first, last):
-                    odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
+                    following = tile.pick(picks, min(run + 1, runs - 1))
                     tile.wait_full(ring, turn)
-                    tile.await_turn()
-                    tile.wgmma_sp(acc, ring, turn, keep)
-                    tile.pass_turn()
+                    tile.wgmma_sp(acc, ring, turn, step > first)
                     tile.wait_wgmma()
                     tile.release(ring, turn)
                     turn += 1
                     left -= 1
-                    keep = left > 0
-                    if left == 0 or step == last - 1:
-                        tile.add_run(acc, odd)
-                        run += 1
-                        left = run_steps
+                    if left == 0 and step < last - 1:
+                        tile.end_run(acc, odd, following)
+                        odd, run, left = following, run + 1, run_steps
+                tile.end_runs(acc, odd)
                 if first > 0:
                     tile.store_partial(acc, partial_gmem, flag_gmem)
                 else:

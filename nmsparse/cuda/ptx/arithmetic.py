@@ -1,13 +1,13 @@
-"""Arithmetic on registers: under a predicate, and the approximations of the special function unit.
+"""Arithmetic on registers: under a predicate, fused, and the approximations of the special function unit.
 
-Source: PTX ISA, "Floating Point Instructions: add, ex2, rcp", "Predicated Execution".
+Source: PTX ISA, "Floating Point Instructions: add, fma, ex2, rcp", "Predicated Execution".
 """
 
 from __future__ import annotations
 
 from .instruction import Instruction, check
 
-__all__ = ["add_to_one_of_two", "exp2", "reciprocal"]
+__all__ = ["add_scaled", "add_to_one_of_two", "exp2", "reciprocal"]
 
 # To 2 and 1 units in the last place. Subnormal numbers become 0: one instruction each, where to keep them takes five.
 exp2 = Instruction("ex2.approx.ftz.f32 $0, $1;", results=("f32",), inputs=("f32",), memory=False, section="ex2")
@@ -34,3 +34,15 @@ def add_to_one_of_two(count: int) -> Instruction:
         inputs=("f32",) * count + ("u32",),
         section="add",
     )
+
+
+def add_scaled(count: int) -> Instruction:
+    """``sum[i] += scale * value[i]``, rounded once, for ``count`` numbers. In place: the sums. Inputs: the values, the
+    scale.
+
+    >>> add_scaled(1).text
+    'fma.rn.f32 $0, $3, $2, $0;'
+    """
+    check(count > 0, f"add_scaled: expected 1 number or more, got {count}")
+    text = " ".join(f"fma.rn.f32 ${i}, ${3 * count}, ${2 * count + i}, ${i};" for i in range(count))
+    return Instruction(text, in_place=("f32",) * count, inputs=("f32",) * (count + 1), section="fma")

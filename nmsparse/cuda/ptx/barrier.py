@@ -18,7 +18,6 @@ __all__ = [
     "grid_launch",
     "grid_wait",
     "init",
-    "named_arrive",
     "named_barrier",
     "wait",
     "warp_barrier",
@@ -61,16 +60,6 @@ def named_barrier(threads: int) -> Instruction:
     """
     check(threads % 32 == 0 and 0 < threads <= 1024, f"bar.sync: expected whole warps of threads, got {threads}")
     return Instruction(f"bar.sync $0, {threads};", inputs=("u32",), section="bar")
-
-
-def named_arrive(threads: int) -> Instruction:
-    """Arrives at barrier number ``$0`` of ``threads`` threads without waiting.
-
-    >>> named_arrive(256).text
-    'bar.arrive $0, 256;'
-    """
-    check(threads % 32 == 0 and 0 < threads <= 1024, f"bar.arrive: expected whole warps of threads, got {threads}")
-    return Instruction(f"bar.arrive $0, {threads};", inputs=("u32",), section="bar")
 
 
 # What the lanes of a warp did before is done for all of them after.

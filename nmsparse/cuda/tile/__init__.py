@@ -83,38 +83,29 @@ Samoyeds: :mod:`nmsparse.cuda.kernels.samoyeds`
 
 The words above, but for ``wait_wgmma_but_one``, and those below. ``TM = 128·warpgroups``: the packed row r of the 64
 that a consumer has is the sub-row of its output rows 2r and 2r + 1, and ``expect`` and ``load_weights`` count packed
-blocks, each of which stands for 128 rows of Y. ``acc`` is three matrices of 64 × TT: ``run``, which ``wgmma_sp`` adds
-to, and ``y0`` and ``y1``, which to ``store`` and to the words of partial sums are ``acc[2r]`` and ``acc[2r + 1]``.
-``store`` writes to a buffer in shared memory, from which the copy engine stores if it can address the rows of Y; the
-next ``store`` waits until the buffer has been read.
+blocks, each of which stands for 128 rows of Y. ``acc`` is two matrices of 64 × TT: ``sums``, which ``wgmma_sp`` adds
+to, and ``even``. At the end, ``acc[2r]`` is ``even[r]`` and ``acc[2r + 1]`` is ``sums[r] - even[r]`` to ``store``; the
+words of partial sums take both matrices. ``store`` writes by a buffer in shared memory.
 
 **Runs** of V columns, for each of which a sub-row belongs to one of its two rows
 
 ``run_of(step, run_steps)`` : all
     ``run, left``: the run that ``step`` is in, and how many of its ``run_steps`` steps are left.
 ``zero(acc)`` : consumer
-    ``y0 = y1 = 0``.
+    ``even = 0``.
 ``picks(picks_gmem, row, rows, runs)`` : consumer
     Which rows of ``picks_gmem`` ``(sub-rows, runs)`` are those of this tile; beyond the last, the last.
 ``pick(picks, run)`` : consumer
-    ``odd[r] = picks[r, run]``: not 0 if the sub-row r belongs to its odd row.
-``add_run(acc, odd)`` : consumer
-    ``(y1 if odd[r] else y0)[r] += run[r]``.
-
-**Turns**: while one of two consumers adds its run, the tensor cores work for the other. With ``ordered`` each 64
-columns that ``wgmma_sp`` multiplies are a group; without, or with one consumer, these words mean nothing.
-
-``take_turns()`` : consumer
-    From here on a consumer multiplies in its turn only. The first one begins.
-``await_turn()`` : consumer
-    Until it is its turn.
-``pass_turn()`` : consumer
-    Until all groups but the newest are done; then it is the other's turn.
+    ``odd[r] = picks[r, run]``: 1 if the sub-row r belongs to its odd row in this run, 0 if to its even row.
+``end_run(acc, odd, following)`` : consumer
+    ``even[r] += sums[r]·(following[r] - odd[r])``, where ``odd`` is of the run that ends, ``following`` of the next.
+``end_runs(acc, odd)`` : consumer
+    ``even[r] += sums[r]·(1 - odd[r])`` after the last run.
 
 All experts: :mod:`nmsparse.cuda.kernels.grouped`
 =================================================
 
-The words for the ring, the sums, runs and turns that the text says are those above; the others are below. ``TM =
+The words for the ring, the sums and runs that the text says are those above; the others are below. ``TM =
 64·warpgroups`` packed rows. Of ``gated`` weights these are eight gate rows, their eight up rows, and so on
 (:func:`~nmsparse.cuda.layout.interleaved`), so a tile has half as many outputs; of Samoyeds it has twice as many.
 ``plan_gmem`` is ``ends, tile_ends``, E of each: expert e has the positions from ``ends[e - 1]`` up to ``ends[e]``, and
@@ -155,8 +146,7 @@ begins; tiles count from there. With ``gather``, the token of a position s is ``
 ``multiply(acc, ring, turn, keep)`` : consumer
     ``wgmma_sp``, or ``wgmma`` of dense weights.
 ``multiply_few(acc, ring, turn, keep)`` : consumer
-    The same with the first TT/2 tokens of the slot only, from TT = 64 on, and in no turn; the sums of the others are
-    undefined.
+    The same with the first TT/2 tokens of the slot only, from TT = 64 on; the sums of the others are undefined.
 ``store(acc, ring, y_gmem, row, first, end, outputs, pitch)`` : consumer
     ``y[first + t, M + m] = act(acc)[m, t]``, rounded, where M is the consumer's first output, and act of gated weights
     the product of ``act`` of a gate row and its up row; only before ``end`` and ``outputs``.

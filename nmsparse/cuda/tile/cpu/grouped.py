@@ -18,14 +18,13 @@ from .machine import Accumulator, Group, Ring, Role
 from .multiply import CHUNK_BYTES, add_to_registers, dense_product
 from .overlap import overlapping
 from .plan import ends_of
-from .samoyeds import LOWER, Picks, run_words, turn_words
+from .samoyeds import LOWER, Picks, run_words
 from .words import (
     DTYPES,
     ROW_BYTES,
     begin,
     box_of,
     consumer_words,
-    groups_of,
     place_words,
     producer_words,
     ring_words,
@@ -48,7 +47,7 @@ def make(cfg: Any) -> SimpleNamespace:
     consumer = {word: gemm[word] for word in ("take_registers", "accumulator", *waits, "release")}
     product = _dense_word if cfg.dense else sparse_word
     consumer |= {"multiply": product(cfg, cfg.tile_t), "multiply_few": product(cfg, cfg.few)}
-    for part in (_run_words, turn_words, store_words):
+    for part in (_run_words, store_words):
         consumer |= part(cfg)
     tile = overlapping(vocabulary(everyone, producer, consumer))
     tile.inline = lambda function: function
@@ -222,20 +221,19 @@ def _dense_word(cfg: Any, number: int) -> Callable[..., Any]:
     dtype, step_blocks = DTYPES[cfg.dtype], cfg.tile_k // BLOCK
 
     def multiply(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
-        slot = slot_to_multiply(cfg, role, ring, turn, number)
+        slot = slot_to_multiply(cfg, role, ring, turn)
         tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         weights = ring.memory[slot, cfg.token_bytes : cfg.token_bytes + cfg.warpgroups * cfg.weight_bytes]
         mine = weights.reshape(step_blocks, cfg.warpgroups, BLOCK, ROW_BYTES)[:, role.number]
 
-        def product(columns: range) -> None:
+        def product() -> None:
             sums = acc.sums[:, : number // 2]
-            if not keep and columns.start == 0:
+            if not keep:
                 sums[:] = 0
-            for j in columns:
+            for j in range(step_blocks):
                 add_to_registers(sums, dense_product(tokens[j], mine[j], dtype))
 
-        for columns in groups_of(cfg):
-            role.groups.append(Group(acc, slot, turn, functools.partial(product, columns)))
+        role.groups.append(Group(acc, slot, turn, product))
 
     return multiply
 
@@ -256,4 +254,4 @@ def _run_words(cfg: Any) -> Words:
 
     if cfg.pairs:
         return run_words(cfg) | {"picks": picks}
-    return {"zero": nothing, "picks": nothing, "pick": nothing, "add_run": nothing}
+    return dict.fromkeys(("zero", "picks", "pick", "end_run", "end_runs"), nothing)

@@ -63,8 +63,6 @@ class Role:
     seen: dict[Barrier, int] = field(default_factory=dict)  # phases that its waits have shown it
     groups: deque[Group] = field(default_factory=deque)  # under way
     released: list[int] = field(default_factory=list)  # how many fills of each slot it has given back
-    handed: int = 0  # turns at the tensor cores that another consumer has handed to it
-    may_multiply: bool = True
     gone: bool = False
 
     def __post_init__(self) -> None:

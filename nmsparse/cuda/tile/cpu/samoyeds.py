@@ -17,7 +17,7 @@ from .multiply import of_registers
 from .store import partial_words, store_outputs
 from .words import check_settled, consumer_words, place_words, producer_words, ring_words
 
-__all__ = ["Picks", "make", "of_pairs", "run_words", "turn_words"]
+__all__ = ["Picks", "make", "of_pairs", "run_words"]
 
 Words = dict[str, Callable[..., Any]]
 THREAD = np.arange(WARPGROUP)
@@ -28,7 +28,7 @@ def make(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, as the namespace that a kernel text receives."""
     consumers = consumer_words(cfg)
     del consumers["wait_wgmma_but_one"]
-    for part in (_picks_words, run_words, turn_words, partial_words, _store_words):
+    for part in (_picks_words, run_words, partial_words, _store_words):
         consumers |= part(cfg)
     everyone = {**place_words(cfg), **ring_words(cfg)}
     everyone["run_of"] = lambda role, step, run_steps: schedule.run_of(step, run_steps)
@@ -58,13 +58,13 @@ def _picks_words(cfg: Any) -> Words:
 
 
 def run_words(cfg: Any) -> Words:
-    """Sums of a run, and what becomes of them."""
-    sums, kept = cfg.run_sums, slice(*cfg.kept)
+    """The sums of all runs so far, and what of them belongs to the even rows."""
+    sums = cfg.run_sums
     upper = np.arange(sums) // 2 % 2 == 1  # registers of a thread's second row
 
     def zero(role: Role, acc: Accumulator) -> None:
         check_settled(role, acc, "zero")
-        acc.sums[:, kept] = 0
+        acc.sums[:, sums:] = 0
 
     def pick(role: Role, picks: Picks, run: int) -> tuple[np.ndarray, np.ndarray]:
         runs = picks.gmem.shape[1]
@@ -72,50 +72,28 @@ def run_words(cfg: Any) -> Words:
         low, high = (picks.gmem[rows, run] != 0 for rows in picks.rows)
         return low, high
 
-    def add_run(role: Role, acc: Accumulator, odd: tuple[np.ndarray, np.ndarray]) -> None:
-        check_settled(role, acc, "add_run")
-        of_odd = np.where(upper, odd[1][:, None], odd[0][:, None])
-        for number, mine in ((1, ~of_odd), (2, of_odd)):
-            acc.sums[:, number * sums : (number + 1) * sums][mine] += acc.sums[:, :sums][mine]
+    def of_sums(odd: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        return np.where(upper, odd[1][:, None], odd[0][:, None]).astype(np.float32)
 
-    return {"zero": zero, "pick": pick, "add_run": add_run}
+    def end_run(
+        role: Role, acc: Accumulator, odd: tuple[np.ndarray, np.ndarray], following: tuple[np.ndarray, np.ndarray]
+    ) -> None:
+        check_settled(role, acc, "end_run")
+        with np.errstate(invalid="ignore"):
+            acc.sums[:, sums:] += (of_sums(following) - of_sums(odd)) * acc.sums[:, :sums]
 
+    def end_runs(role: Role, acc: Accumulator, odd: tuple[np.ndarray, np.ndarray]) -> None:
+        check_settled(role, acc, "end_runs")
+        with np.errstate(invalid="ignore"):
+            acc.sums[:, sums:] += (1 - of_sums(odd)) * acc.sums[:, :sums]
 
-def turn_words(cfg: Any) -> Words:
-    """Consumers that multiply by turns."""
-    ordered = cfg.ordered and cfg.warpgroups == 2
-
-    def hand(role: Role, number: int) -> None:
-        other = role.cta.roles[1 + number]
-        role.require(not other.handed, f"hands {other} its turn, which it has already")
-        other.handed += 1
-
-    def take_turns(role: Role) -> None:
-        if ordered:
-            role.may_multiply = False
-            if role.number == 1:
-                hand(role, 0)
-
-    def await_turn(role: Role) -> None:
-        if ordered:
-            role.cta.machine.crew.pause(str(role), lambda: role.handed > 0, lambda: "its turn at the tensor cores")
-            role.handed -= 1
-            role.may_multiply = True
-
-    def pass_turn(role: Role) -> None:
-        if ordered:
-            role.require(role.may_multiply, "passes on a turn that it does not have")
-            role.finish_groups(but=1)
-            role.may_multiply = False
-            hand(role, 1 - role.number)
-
-    return {"take_turns": take_turns, "await_turn": await_turn, "pass_turn": pass_turn}
+    return {"zero": zero, "pick": pick, "end_run": end_run, "end_runs": end_runs}
 
 
 def of_pairs(cfg: Any, acc: Accumulator) -> np.ndarray:
     """Sums of the output rows of 64 sub-rows, ``(64, 2, tokens)``: of the even one, of the odd one."""
-    even, odd = (of_registers(acc.sums[:, n * cfg.run_sums : (n + 1) * cfg.run_sums]) for n in (1, 2))
-    return np.stack([even, odd], axis=1)
+    both, even = of_registers(acc.sums[:, : cfg.run_sums]), of_registers(acc.sums[:, cfg.run_sums :])
+    return np.stack([even, both - even], axis=1)
 
 
 def _store_words(cfg: Any) -> Words:

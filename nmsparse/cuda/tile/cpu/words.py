@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ __all__ = [
     "box_of",
     "check_settled",
     "consumer_words",
-    "groups_of",
     "place_words",
     "producer_words",
     "ring_words",
@@ -167,21 +165,14 @@ def box_of(x_gmem: np.ndarray, token: int, column: int, share: int) -> np.ndarra
     return box.view(np.uint8).reshape(share, -1, CHUNK_BYTES)
 
 
-def slot_to_multiply(cfg: Any, role: Role, ring: Ring, turn: int, number: int) -> int:
-    """The slot of ``turn``, which ``role`` may multiply now; fewer tokens than all of a tile at any time."""
+def slot_to_multiply(cfg: Any, role: Role, ring: Ring, turn: int) -> int:
+    """The slot of ``turn``, which ``role`` may multiply now."""
     fill, slot = fill_and_slot(cfg, role, turn)
     what = f"multiplies slot {slot} (turn {turn})"
     known = role.knows(ring.full[slot], fill + 1)
     role.require(known, f"{what} without having waited until it was full; say wait_full first")
     role.require(role.released[slot] == fill, f"{what}, which it has already released")
-    role.require(role.may_multiply or number < cfg.tile_t, f"{what} out of turn; say await_turn() first")
     return slot
-
-
-def groups_of(cfg: Any) -> list[range]:
-    """Which blocks of 64 columns of a step each ``wgmma`` group multiplies."""
-    columns = range(cfg.tile_k // BLOCK)
-    return [range(j, j + 1) for j in columns] if cfg.ordered else [columns]
 
 
 def sparse_word(cfg: Any, number: int) -> Callable[..., None]:
@@ -195,23 +186,22 @@ def sparse_word(cfg: Any, number: int) -> Callable[..., None]:
         return mine.reshape(cfg.blocks, step_blocks, BLOCK_BYTES)
 
     def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
-        slot = slot_to_multiply(cfg, role, ring, turn, number)
+        slot = slot_to_multiply(cfg, role, ring, turn)
         tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         blocks = packed(role, slot)
         metadata = metadata_registers(blocks)
 
-        def multiply(columns: range) -> None:
+        def multiply() -> None:
             for i in range(cfg.blocks):
                 sums = acc.sums[:, i * block_sums : i * block_sums + number // 2]
-                if not keep and columns.start == 0:
+                if not keep:
                     sums[:] = 0
-                for j in columns:
+                for j in range(step_blocks):
                     for half in (0, 1):
                         d = sparse_product(tokens[j], blocks[i, j], metadata[i, j, half], half, dtype)
                         add_to_registers(sums, d)
 
-        for columns in groups_of(cfg):
-            role.groups.append(Group(acc, slot, turn, functools.partial(multiply, columns)))
+        role.groups.append(Group(acc, slot, turn, multiply))
 
     return wgmma_sp
 

@@ -250,7 +250,6 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     """``wgmma.sp`` of a slot with its first ``tokens`` tokens, into the first sums."""
     STAGES, SLOT, STEP = cfg.stages, cfg.slot_bytes, cfg.tile_k // BLOCK
     TILE_T, TOKENS, WEIGHTS, BLOCKS = cfg.tile_t, cfg.token_bytes, cfg.weight_bytes, cfg.blocks
-    ORDERED = cfg.ordered
     A_DESCRIPTOR = u64(descriptor(leading=128, stride=512))
     B_DESCRIPTOR = u64(descriptor(leading=16, stride=1024, swizzle=1))
     multiplies = [callable_of(wgmma.wgmma_sp(tokens, cfg.dtype), first=i * TILE_T // 2) for i in range(BLOCKS)]
@@ -279,15 +278,9 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
 
         return part
 
-    @jit
-    def commit_columns(acc, meta, a, b, keep):
-        commit()
-
     # Metadata first: a load between two products of a group would make ptxas wait for the first of them.
     load_all = sequence([load_meta(i, j) for j in range(STEP) for i in range(BLOCKS)])
-    # Consumers that take turns make a group of each 64 columns: when all but one are done, the other may begin.
-    columns = [[step_of(i, j) for i in range(BLOCKS)] + [commit_columns] * ORDERED for j in range(STEP)]
-    multiply_all = sequence([part for column in columns for part in column])
+    multiply_all = sequence([step_of(i, j) for j in range(STEP) for i in range(BLOCKS)])
 
     @jit
     def wgmma_sp(acc, ring, turn, keep):
@@ -303,7 +296,6 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
         load_all(meta, u32(weights + u32(VALUE_BYTES) + word))
         fence()
         multiply_all(acc, meta, a, b, keep)
-        if not ORDERED:
-            commit()
+        commit()
 
     return wgmma_sp

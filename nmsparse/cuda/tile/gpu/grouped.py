@@ -16,7 +16,7 @@ from ...ptx.numba_glue import callable_of, registers
 from . import consumer_words, descriptor, ring_words, sparse_product
 from .grouped_store import store_words
 from .overlap import overlap_words
-from .samoyeds import run_words, turn_words
+from .samoyeds import run_words
 from .staging import read_thread
 from .store import sequence
 
@@ -40,7 +40,6 @@ def make(cfg: Any) -> ModuleType:
         _token_words,
         _multiply_words,
         _run_words,
-        turn_words,
         store_words,
     ):
         for word, function in part(cfg).items():
@@ -292,13 +291,13 @@ def _dense_product(cfg: Any, tokens: int) -> Callable[..., Any]:
 def _run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     if cfg.pairs:
         words = run_words(cfg)
-        return {word: words[word] for word in ("zero", "pick", "add_run")} | {"picks": _tile_picks(cfg)}
+        return {word: words[word] for word in ("zero", "pick", "end_run", "end_runs")} | {"picks": _tile_picks(cfg)}
 
     @jit
     def nothing(*args):
         return 0
 
-    return {"zero": nothing, "picks": nothing, "pick": nothing, "add_run": nothing}
+    return dict.fromkeys(("zero", "picks", "pick", "end_run", "end_runs"), nothing)
 
 
 def picks_word(gated: bool) -> Callable[..., Any]:

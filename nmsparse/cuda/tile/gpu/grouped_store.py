@@ -42,14 +42,15 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
 
     def tokens(number):
         """Eight tokens, of which a thread holds two."""
-        EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
+        BOTH, EVEN = 4 * number, SUMS + 4 * number
 
         @jit
         def part(acc, at):
             for column in range(2):
                 to = at + u32((8 * number + column) * PITCH)
-                a, b = act(acc[EVEN + column]), act(acc[ODD + column])
-                c, d = acc[EVEN + column + 2], acc[ODD + column + 2]
+                a, c = acc[EVEN + column], acc[EVEN + column + 2]
+                b, d = act(acc[BOTH + column] - a), acc[BOTH + column + 2] - c
+                a = act(a)
                 if GATED:
                     put(to, pack(a * c, b * d))
                 else:

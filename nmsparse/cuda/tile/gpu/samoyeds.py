@@ -11,7 +11,7 @@ from numba.cuda import types
 
 from ... import schedule
 from ...layout import BLOCK
-from ...ptx import arithmetic, barrier, memory, wgmma
+from ...ptx import arithmetic, memory
 from ...ptx.numba_glue import callable_of
 from . import consumer_words, place_words, producer_words, ring_words
 from .staging import make_store, read_thread
@@ -32,7 +32,6 @@ def make(cfg: Any) -> ModuleType:
         producer_words,
         consumer_words,
         run_words,
-        turn_words,
         partial_words,
         store_words,
     ):
@@ -43,10 +42,10 @@ def make(cfg: Any) -> ModuleType:
 
 
 def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """Sums of a run, and what becomes of them."""
-    SUMS, (FIRST, LAST), TILE_M = cfg.run_sums, cfg.kept, cfg.tile_m
+    """The sums of all runs so far, and what of them belongs to the even rows."""
+    SUMS, TILE_M = cfg.run_sums, cfg.tile_m
     QUADS = SUMS // 4
-    add = arithmetic.add_to_one_of_two(2)
+    add = arithmetic.add_scaled(2)
     get = callable_of(memory.load("global", "u8", hint="nc"))
     run_at = schedule.run_of
 
@@ -57,7 +56,7 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def zero(acc):
-        for i in range(FIRST, LAST):
+        for i in range(SUMS, 2 * SUMS):
             acc[i] = f32(0)
 
     @jit
@@ -73,51 +72,27 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     def add_quad(i):
         """Columns 2q and 2q + 1 of eight: of the lower row, of the upper row."""
-        adds = [
-            callable_of(add, places=[SUMS + c, SUMS + c + 1, 2 * SUMS + c, 2 * SUMS + c + 1])
-            for c in (4 * i, 4 * i + 2)
-        ]
-        lower, upper = adds
+        FIRST = 4 * i
+        lower, upper = (callable_of(add, first=SUMS + FIRST + c) for c in (0, 2))
 
         @jit
         def part(acc, low, high):
-            lower(acc, acc[4 * i], acc[4 * i + 1], low)
-            upper(acc, acc[4 * i + 2], acc[4 * i + 3], high)
+            lower(acc, acc[FIRST], acc[FIRST + 1], low)
+            upper(acc, acc[FIRST + 2], acc[FIRST + 3], high)
 
         return part
 
     add_all = sequence([add_quad(i) for i in range(QUADS)])
 
     @jit
-    def add_run(acc, odd):
-        add_all(acc, odd[0], odd[1])
-
-    return {"run_of": run_of, "zero": zero, "picks": picks, "pick": pick, "add_run": add_run}
-
-
-def turn_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """Consumers that multiply by turns: while one adds its run, the tensor cores have the other's products."""
-    ORDERED = cfg.ordered and cfg.warpgroups == 2
-    sync, arrive = callable_of(barrier.named_barrier(256)), callable_of(barrier.named_arrive(256))
-    wait_1 = callable_of(wgmma.wait(1))
+    def end_run(acc, odd, following):
+        add_all(acc, f32(i32(following[0]) - i32(odd[0])), f32(i32(following[1]) - i32(odd[1])))
 
     @jit
-    def take_turns():
-        if ORDERED and cuda.threadIdx.x // 128 == 2:
-            arrive(3)  # the first consumer begins
+    def end_runs(acc, odd):
+        end_run(acc, odd, (u32(1), u32(1)))
 
-    @jit
-    def await_turn():
-        if ORDERED:
-            sync(u32(2 + cuda.threadIdx.x // 128))
-
-    @jit
-    def pass_turn():
-        if ORDERED:
-            wait_1()
-            arrive(u32(5 - cuda.threadIdx.x // 128))
-
-    return {"take_turns": take_turns, "await_turn": await_turn, "pass_turn": pass_turn}
+    return {"run_of": run_of, "zero": zero, "picks": picks, "pick": pick, "end_run": end_run, "end_runs": end_runs}
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
@@ -128,14 +103,15 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     def stage_tokens(number):
         """Eight tokens, of which a thread holds two."""
-        EVEN, ODD = SUMS + 4 * number, 2 * SUMS + 4 * number
+        BOTH, EVEN = 4 * number, SUMS + 4 * number
 
         @jit
         def part(acc, at, bias):
             for column in range(2):
                 to = at + u32((8 * number + column) * PITCH)
-                put(to, pack(acc[EVEN + column] + bias[0], acc[ODD + column] + bias[1]))
-                put(to + u32(32), pack(acc[EVEN + column + 2] + bias[2], acc[ODD + column + 2] + bias[3]))
+                a, c = acc[EVEN + column], acc[EVEN + column + 2]
+                put(to, pack(a + bias[0], acc[BOTH + column] - a + bias[1]))
+                put(to + u32(32), pack(c + bias[2], acc[BOTH + column + 2] - c + bias[3]))
 
         return part
 

@@ -37,10 +37,11 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
     """``y[token + t, first + m]`` of a warpgroup, ``outputs`` of each token, only before ``end`` and ``rows``.
 
     ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into the
-    buffer at ``at``, where token 0 begins.
+    buffer, where token 0 begins at ``at`` or would. ``cfg.staged_tokens`` have room at a time.
     """
-    STAGING, STAGING_BYTES = cfg.staging_offset, cfg.staging_bytes
-    send = _make_send(cfg.tile_t, outputs, cfg.staged_token_bytes)
+    STAGING, STAGING_BYTES, STAGED = cfg.staging_offset, cfg.staging_bytes, cfg.staged_tokens
+    PITCH = cfg.staged_token_bytes
+    send = _make_send(STAGED, outputs, PITCH)
 
     def stage_chunk(t):
         stage = stage_of(t)
@@ -52,15 +53,25 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
 
         return part
 
-    stage_all = sequence([stage_chunk(t) for t in range(0, cfg.tile_t, cfg.chunk)])
+    def store_staged(t):
+        stage_all = sequence([stage_chunk(t + i) for i in range(0, STAGED, cfg.chunk)])
+
+        @jit
+        def part(acc, staging, thread, group, extra, y_gmem, first, rows, token, end, pitch):
+            if t < end - token:
+                _sync(u32(group))  # the buffer has been read
+                stage_all(acc, staging - u32(t * PITCH), thread, extra, end - token)
+                _sync(u32(group))
+                send(staging, thread, y_gmem, first, rows, token + t, end, pitch)
+
+        return part
+
+    store_all = sequence([store_staged(t) for t in range(0, cfg.tile_t, STAGED)])
 
     @jit
     def store(acc, ring, thread, group, extra, y_gmem, first, rows, token, end, pitch):
         staging = ring + u32(STAGING + (group - 1) * STAGING_BYTES)
-        _sync(u32(group))  # the buffer has been read
-        stage_all(acc, staging, thread, extra, end - token)
-        _sync(u32(group))
-        send(staging, thread, y_gmem, first, rows, token, end, pitch)
+        store_all(acc, staging, thread, group, extra, y_gmem, first, rows, token, end, pitch)
 
     return store
 
