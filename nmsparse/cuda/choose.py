@@ -69,15 +69,15 @@ class Device:
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((96, 2400e12), (64, 1222e12))
-STEP = 0.053e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
+STEP = 0.035e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
 GEMV_SAMOYEDS = {8: 3.3e12, 16: 3.9e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
 REREAD_SAMOYEDS = 4.5e12  # bytes/s of tokens, of this kernel
 COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
 ROUND = 0.5e-6  # seconds of a trip to memory with all blocks that a CTA has under way
 WAVE = 1e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
 ADD = 0.02e-6  # seconds for the sums of a warp
-EPILOGUE = 2e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.13  # how much faster few SMs are than all of them, which draw more power
+EPILOGUE = 1.8e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.2  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 

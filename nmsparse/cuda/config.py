@@ -120,7 +120,13 @@ class GemmConfig(PairSums):
     @property
     def chunk(self) -> int:
         """Tokens that the epilogue stages at a time."""
-        return next(size for size in (32, 16, 8) if self.tile_t % size == 0)
+        staged = self.staged_tokens if self.pairs else 0
+        return next(size for size in (32, 16, 8) if self.tile_t % size == staged % size == 0)
+
+    @property
+    def buffers(self) -> int:
+        """Buffers of a warpgroup for chunks of 2:4: of two, one is written while the other is read."""
+        return 1 if self.pairs or self.tile_t < 128 else 2
 
     @property
     def staged_token_bytes(self) -> int:
@@ -129,13 +135,16 @@ class GemmConfig(PairSums):
 
     @property
     def staged_tokens(self) -> int:
-        """Tokens that the epilogue stages before it writes them: all, or a chunk where a slot is worth more."""
-        return self.tile_t if self.tile_t <= 128 else self.chunk
+        """Tokens that the epilogue of Samoyeds stages before it writes them: all, or those for which three slots of 128
+        columns leave room.
+        """
+        room = SHARED_MEMORY - 128 - 3 * self.slot_bytes * (2 * BLOCK // self.tile_k)
+        return min(self.tile_t, room // (self.warpgroups * self.staged_token_bytes) // 16 * 16)
 
     @property
     def staging_bytes(self) -> int:
-        """What one warpgroup needs for the epilogue: Samoyeds stages whole outputs, 2:4 a chunk of a block."""
-        return self.staged_tokens * self.staged_token_bytes if self.pairs else self.chunk * BLOCK * 2
+        """What one warpgroup needs for the epilogue: Samoyeds stages whole outputs, 2:4 chunks of a block."""
+        return self.staged_tokens * self.staged_token_bytes if self.pairs else self.buffers * self.chunk * BLOCK * 2
 
     @property
     def staging_offset(self) -> int:
@@ -155,7 +164,7 @@ class GemmConfig(PairSums):
     @property
     def producer_registers(self) -> int:
         """What the producer keeps of its share at launch: the more copies a step has, the more addresses."""
-        two = 24 if self.sums > 176 else 40 if self.sums > 128 else 72 if self.tile_k == BLOCK else 88
+        two = 40 if self.sums >= 128 else 72 if self.tile_k == BLOCK else 88
         return 88 if self.warpgroups == 1 else two
 
     @property
@@ -299,7 +308,7 @@ SHIPPED_SAMOYEDS = tuple(
     ).deepest()
     for tile_k in (128, 64)
     for warpgroups in (2, 1)
-    for tile_t in (192, 176, 160, 128, 96, 64, 32, 16, 8)
+    for tile_t in (192, 176, 128, 96, 64, 32, 16, 8)
     if warpgroups == 2 or tile_t <= 64
 )
 

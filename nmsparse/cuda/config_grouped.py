@@ -59,6 +59,13 @@ class GroupedConfig(GemmConfig):
         return BLOCK * self.tile_k * 2 if self.dense else super().weight_bytes
 
     @property
+    def staged_tokens(self) -> int:
+        """Tokens that the epilogue stages before it writes them; of other weights than Samoyeds all, or a chunk where
+        a slot is worth more.
+        """
+        return super().staged_tokens if self.pairs else self.tile_t if self.tile_t <= 128 else self.chunk
+
+    @property
     def staged_token_bytes(self) -> int:
         """A token's outputs of a warpgroup in the epilogue, and 16 bytes that spread tokens over the banks."""
         return self.outputs * 2 + 16

@@ -87,6 +87,18 @@ def test_gpu_rows_at_any_distance(torch):
     assert error(odd @ weight.T, odd.double() @ dense.double().t()) < 1e-3
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "samoyeds:1:2:128"])
+def test_gpu_outputs_at_any_address(torch, pattern):
+    """Also where nobody can write 16 bytes at once."""
+    weight, dense, x = operands(torch, 1408, 300, 256, torch.float16, pattern)
+    want = x @ weight.T
+    assert error(want, x.double() @ dense.double().t()) < 1e-3
+    buffer = torch.full((300 * 1408 + 8,), math.nan, device="cuda", dtype=torch.float16)
+    for offset in (4, 1, 0, 8):
+        y = buffer[offset : offset + 300 * 1408].view(300, 1408)
+        assert torch.equal(nmsparse.matmul(x, weight.T, out=y), want)
+
+
 def test_gpu_nan_reaches_only_what_meets_it(torch):
     weight, _, x = operands(torch, 256, 64, 256, torch.float16)
     x[3, 17] = math.nan

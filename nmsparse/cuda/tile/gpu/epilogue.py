@@ -28,7 +28,7 @@ jit = cuda.jit(device=True, forceinline=True)
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """``store`` for ``cfg``."""
     TILE_M, TILE_T, CHUNK, BLOCKS = cfg.tile_m, cfg.tile_t, cfg.chunk, cfg.blocks
-    STAGING, STAGING_BYTES = cfg.staging_offset, cfg.staging_bytes
+    STAGING, STAGING_BYTES, BUFFERS = cfg.staging_offset, cfg.staging_bytes, cfg.buffers
     LINES = CHUNK * 8  # 16-byte pieces of a chunk
     sync, pack = callable_of(barrier.named_barrier(128)), callable_of(memory.pack(cfg.dtype))
     bias_of = make_bias(cfg)
@@ -42,12 +42,17 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     def store_chunk(block, number):
         BASE = block * TILE_T // 2 + number * CHUNK // 2  # first register
+        INDEX = block * (TILE_T // CHUNK) + number
+        BUFFER = INDEX % BUFFERS * (STAGING_BYTES // BUFFERS)
+        OCCUPIED = BUFFERS == 1 or INDEX == 0  # others may still read what was staged last
 
         @jit
         def part(acc, staging, y_gmem, low, high, row, token, rows, tokens, pitch):
             thread, lane = cuda.threadIdx.x % 128, cuda.threadIdx.x % 32
             group, warp, line = cuda.threadIdx.x // 128, thread // 32, lane % 8
-            sync(group)
+            staging += BUFFER
+            if OCCUPIED:
+                sync(group)
             if CHUNK == 8:
                 at = staging + piece(line, warp * 2 + lane // 8 % 2)
                 st_2(at, pack(acc[BASE] + low, acc[BASE + 1] + low), pack(acc[BASE + 2] + high, acc[BASE + 3] + high))

@@ -41,7 +41,6 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
     """
     STAGING, STAGING_BYTES, STAGED = cfg.staging_offset, cfg.staging_bytes, cfg.staged_tokens
     PITCH = cfg.staged_token_bytes
-    send = _make_send(STAGED, outputs, PITCH)
 
     def stage_chunk(t):
         stage = stage_of(t)
@@ -54,7 +53,9 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
         return part
 
     def store_staged(t):
-        stage_all = sequence([stage_chunk(t + i) for i in range(0, STAGED, cfg.chunk)])
+        tokens = min(STAGED, cfg.tile_t - t)
+        stage_all = sequence([stage_chunk(t + i) for i in range(0, tokens, cfg.chunk)])
+        send = _make_send(tokens, outputs, PITCH)
 
         @jit
         def part(acc, staging, thread, group, extra, y_gmem, first, rows, token, end, pitch):

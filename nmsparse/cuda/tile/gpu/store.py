@@ -78,6 +78,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     sync = callable_of(barrier.named_barrier(128))
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
+    thread_again = callable_of(memory.read_again("tid.x"))
 
     def put_quad(i):
         @jit
@@ -105,34 +106,41 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     put_all, add_all = sequence([put_quad(i) for i in range(QUADS)]), sequence([add_quad(i) for i in range(QUADS)])
 
+    # The number of the thread is read anew: nothing that hangs on it takes registers during the products.
     @jit
-    def slot_of(block):
+    def slot_of(block, thread):
         """Number of this warpgroup's partial sums in CTA ``block``."""
-        return block * WARPGROUPS + (cuda.threadIdx.x // 128 - 1)
+        return i32(block * WARPGROUPS + (thread // 128 - 1))
 
     @jit
-    def address(partial_gmem, slot):
-        return partial_gmem + u64(slot) * u64(QUADS * 2048) + u64(cuda.threadIdx.x % 128 * 16)
+    def address(partial_gmem, slot, thread):
+        return partial_gmem + u64(slot) * u64(QUADS * 2048) + u64(thread % 128 * 16)
 
     @jit
     def store_partial(acc, partial_gmem, flag_gmem):
-        slot = slot_of(cuda.blockIdx.x)
-        put_all(acc, address(partial_gmem, slot))
-        sync(cuda.threadIdx.x // 128)  # what the others wrote is released with the flag
-        if cuda.threadIdx.x % 128 == 0:
+        thread = i32(thread_again())
+        slot = slot_of(i32(cuda.blockIdx.x), thread)
+        put_all(acc, address(partial_gmem, slot, thread))
+        sync(u32(thread // 128))  # what the others wrote is released with the flag
+        if thread % 128 == 0:
             release(flag_gmem + u64(slot * 4), 1)
 
     @jit
     def add_partials(acc, partial_gmem, flag_gmem, split, parts):
         # Each thread waits for the flag of one peer, so the waits overlap; the sums are added in the order of k.
-        for part in range(1 + cuda.threadIdx.x % 128, parts, 128):
-            flag = flag_gmem + u64(slot_of(cuda.blockIdx.x + part * split * CLUSTER) * 4)
+        thread, block = i32(thread_again()), i32(cuda.blockIdx.x)
+        part = i32(1 + thread % 128)
+        while part < parts:
+            flag = flag_gmem + u64(slot_of(i32(block + part * split * CLUSTER), thread) * 4)
             while acquire(flag) == 0:
                 pass
             release(flag, 0)
-        sync(cuda.threadIdx.x // 128)
-        for part in range(1, parts):
-            add_all(acc, address(partial_gmem, slot_of(cuda.blockIdx.x + part * split * CLUSTER)))
+            part = i32(part + 128)
+        sync(u32(thread // 128))
+        part = i32(1)
+        while part < parts:
+            add_all(acc, address(partial_gmem, slot_of(i32(block + part * split * CLUSTER), thread), thread))
+            part = i32(part + 1)
 
     return {"store_partial": store_partial, "add_partials": add_partials}
 
