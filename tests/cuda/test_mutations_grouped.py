@@ -32,7 +32,7 @@ SEEDS = range(2)
 WRONG = AssertionError, "Not equal to tolerance"
 NAN = AssertionError, "nan"
 
-PICK = "min(run + 1, runs - 1)"
+PICK = "following = tile.pick(picks, min(run + 1, runs - 1))"
 RELEASE = "tile.release(ring, turn)"
 END = "left == 0 and step <"
 ADD = "tile.end_run(acc, odd, following)"
@@ -57,8 +57,14 @@ def common(depth, keep):
         ("the owner of a run forgotten", "odd, run, left = following,", "odd, run, left = odd,", *WRONG),
         ("sums begun in each step", f"turn, {keep})\n{indent}{wait}", f"turn, False)\n{indent}{wait}", *WRONG),
         ("sums undefined at first", f"turn, {keep})\n{indent}{wait}", f"turn, True)\n{indent}{wait}", *NAN),
-        ("picks of the same run", PICK, "min(run, runs - 1)", *WRONG),
-        ("picks beyond the last run", PICK, "run + 2", KernelError, "reads the picks of run 3: expected one of 3 runs"),
+        ("picks of the same run", PICK, PICK.replace("run + 1", "run"), *WRONG),
+        (
+            "picks beyond the last run",
+            PICK,
+            "following = tile.pick(picks, run + 1)",
+            KernelError,
+            "reads the picks of run 3: expected one of 3 runs",
+        ),
         ("rows of a thread exchanged", ADD, "tile.end_run(acc, odd[::-1], following[::-1])", *WRONG),
         ("owners exchanged", ADD, "tile.end_run(acc, following, odd)", *WRONG),
         ("run ended twice", ADD, f"{ADD}; {ADD}", *WRONG),

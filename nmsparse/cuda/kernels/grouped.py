@@ -68,9 +68,9 @@ def _runs(tile: Any, multiply: Any) -> Any:
 
     @tile.inline
     def products(acc, ring, turn, picks, steps, run_steps, runs):
-        run, left, odd = 0, run_steps, tile.pick(picks, 0)
+        run, left = 0, run_steps
+        odd, following = tile.pick(picks, 0), tile.pick(picks, min(1, runs - 1))
         for step in range(steps):
-            following = tile.pick(picks, min(run + 1, runs - 1))  # padding may go beyond the last
             tile.wait_full(ring, turn)
             multiply(acc, ring, turn, step > 0)
             tile.wait_wgmma()
@@ -80,6 +80,7 @@ def _runs(tile: Any, multiply: Any) -> Any:
             if left == 0 and step < steps - 1:
                 tile.end_run(acc, odd, following)
                 odd, run, left = following, run + 1, run_steps
+                following = tile.pick(picks, min(run + 1, runs - 1))  # a run ahead; padding may go beyond
         tile.end_runs(acc, odd)
         return turn
 

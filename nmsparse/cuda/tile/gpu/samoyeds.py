@@ -86,7 +86,9 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def end_run(acc, odd, following):
-        add_all(acc, f32(i32(following[0]) - i32(odd[0])), f32(i32(following[1]) - i32(odd[1])))
+        # Without the outer i32 the difference would be of 64 bits, whose conversion is slow.
+        lower, upper = i32(i32(following[0]) - i32(odd[0])), i32(i32(following[1]) - i32(odd[1]))
+        add_all(acc, f32(lower), f32(upper))
 
     @jit
     def end_runs(acc, odd):
