@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from gemm_cases import SamoyedsCase
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabulary import arguments_of, explained, words_of
 
+from nmsparse import SamoyedsArray
 from nmsparse.cuda.config import GemmConfig
 from nmsparse.cuda.kernels import samoyeds as text
-from nmsparse.cuda.layout import blocks_of
+from nmsparse.cuda.layout import blocks_of, pack_blocks
+from nmsparse.cuda.tile import cpu
 from nmsparse.cuda.tile.cpu import samoyeds
 
 PAIRS = GemmConfig(pairs=True)
@@ -76,6 +79,42 @@ def test_any_size_schedule_and_order(data):
     schedule = fitting(cfg, rows, tokens, k, (workers, data.draw(st.integers(0, workers // parts)), parts))
     v, guard = data.draw(st.sampled_from(runs_of(cfg, k))), data.draw(st.integers(0, 8))
     SamoyedsCase(cfg, rows, tokens, k, *schedule, guard=guard, v=v).run(data.draw(st.integers(0, 2**16)))
+
+
+def product(w, x, v=64):
+    """``x @ w.T`` on the twin, with the pruned w; and what was pruned."""
+    weight, cfg = SamoyedsArray.from_dense(w, v=v), replace(PAIRS, warpgroups=1, tile_t=16, stages=2)
+    blocks, y = pack_blocks(weight.values, weight.meta), np.zeros((len(x), len(w)), np.float16)
+    memory = blocks, weight.indices, x, y, None, np.zeros(0, np.float32), np.zeros(0, np.uint32)
+    sizes = len(w), len(x), len(w), blocks.shape[1], 0, 1, v // cfg.tile_k, weight.indices.shape[1]
+    cpu.launch(text.make_samoyeds, cfg, 1, (*memory, *sizes), make=samoyeds.make)
+    return y, weight
+
+
+def test_a_nan_reaches_the_pair_that_meets_it():
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((128, 256)).astype(np.float16), rng.standard_normal((16, 256)).astype(np.float16)
+    x[3, 77] = np.nan
+    y, weight = product(w, x)
+    meets = weight.mask()[:, 77].reshape(64, 2).any(axis=1)
+    assert 0 < meets.sum() < 64
+    np.testing.assert_array_equal(np.isnan(y[3]), np.repeat(meets, 2))
+    assert not np.isnan(np.delete(y, 3, axis=0)).any()
+
+
+def test_a_small_row_beside_a_large_one():
+    """An odd row is a difference: its error is that of fp32 sums of the pair."""
+    rng = np.random.default_rng(1)
+    w, x = rng.standard_normal((128, 512)), rng.standard_normal((16, 512)).astype(np.float16)
+    w[0::2, 256:], w[1::2, :256] = 0, 0  # each row of a pair has the runs that the other has not
+    w[0::2] *= 2.0**8
+    w[1::2] *= 2.0**-4
+    y, weight = product(w.astype(np.float16), x)
+    pruned = weight.todense().astype(np.float64)
+    assert (pruned.reshape(64, 2, 512) != 0).any(axis=2).all()
+    want, scale = x.astype(np.float64) @ pruned.T, np.abs(x.astype(np.float64)) @ np.abs(pruned).T
+    pair = scale.reshape(16, 64, 2).sum(axis=2).repeat(2, axis=1)
+    assert (np.abs(y - want) <= 2.0**-11 * np.abs(want) + 2.0**-21 * pair).all()
 
 
 def test_a_consumer_has_64_sub_rows():
