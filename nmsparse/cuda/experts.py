@@ -262,10 +262,8 @@ class Experts:
         kinds = {projection.kind for part in self.parts for projection in (part.gate_up, part.down)}
         kind = next(kind for kind in TILE_COST if kind in kinds)  # Samoyeds has registers for the fewest tokens
         many = self.width >= WIDE and pairs >= MANY[kind] * active
-        tile_t, copies = (
-            WIDEST[kind] if many else tile_of(tokens, top_k, self.experts, kind),
-            many and kind == "samoyeds",
-        )
+        tile_t = WIDEST[kind] if many else tile_of(tokens, top_k, self.experts, kind)
+        copies = many and kind == "samoyeds"
         few = tokens <= FEW_TOKENS and tile_t == FEW_TOKENS
         gate_up, down = [], []
         for part in self.parts:
