@@ -10,35 +10,24 @@ from .layout import BLOCK, BLOCK_BYTES
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["SHIPPED", "SHIPPED_GEMV", "SHIPPED_SAMOYEDS", "GemmConfig", "GemvConfig", "PairSums"]
+__all__ = ["SHIPPED", "SHIPPED_GEMV", "SHIPPED_SAMOYEDS", "GemmConfig", "GemvConfig", "PairRows"]
 
 SHARED_MEMORY = 232448 - 1024  # bytes a block may ask for on sm_90; the ring starts at a multiple of 1024
 
 
-class PairSums:
-    """What a kernel holds more where a packed row belongs to a pair of output rows, as in Samoyeds."""
+class PairRows:
+    """Rows of a kernel whose packed row may belong to a pair of output rows, as in Samoyeds."""
 
     pairs: bool
-    run_sums: int  # accumulators of a thread that the tensor cores add to
 
     @property
     def height(self) -> int:
         """Output rows of a packed block."""
         return BLOCK * 2 if self.pairs else BLOCK
 
-    @property
-    def sums(self) -> int:
-        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
-        return self.run_sums * (3 if self.pairs else 1)
-
-    @property
-    def kept(self) -> tuple[int, int]:
-        """Which accumulators, from and up to, hold outputs at the end of a tile."""
-        return self.run_sums if self.pairs else 0, self.sums
-
 
 @dataclass(frozen=True)
-class GemmConfig(PairSums):
+class GemmConfig(PairRows):
     """Shape of the ``wgmma.sp`` kernel: a tile of ``64·warpgroups·blocks`` packed rows by ``tile_t`` tokens, ``tile_k``
     of k a step. A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows.
     """
@@ -83,11 +72,6 @@ class GemmConfig(PairSums):
         return self.run_sums * (2 if self.pairs else 1)
 
     @property
-    def kept(self) -> tuple[int, int]:
-        """Which accumulators, from and up to, make the outputs at the end of a tile."""
-        return 0, self.sums
-
-    @property
     def fillers(self) -> int:
         """Arrivals that fill a slot, besides its bytes."""
         return 1
@@ -99,8 +83,7 @@ class GemmConfig(PairSums):
     @property
     def partial_slots(self) -> tuple[int, int]:
         """Partial sums that a CTA may leave: how many sets, each with a flag, and the floats of one."""
-        first, last = self.kept
-        return self.warpgroups, (last - first) * 128
+        return self.warpgroups, self.sums * 128
 
     @property
     def token_bytes(self) -> int:
@@ -138,7 +121,8 @@ class GemmConfig(PairSums):
         """Tokens that the epilogue of Samoyeds stages before it writes them: all, or those for which three slots of 128
         columns leave room.
         """
-        room = SHARED_MEMORY - 128 - 3 * self.slot_bytes * (2 * BLOCK // self.tile_k)
+        barriers = 128  # of up to eight slots
+        room = SHARED_MEMORY - barriers - 3 * self.slot_bytes * (2 * BLOCK // self.tile_k)
         return min(self.tile_t, room // (self.warpgroups * self.staged_token_bytes) // 16 * 16)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .config import PairSums
+from .config import PairRows
 from .layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 
 __all__ = [
@@ -29,7 +29,7 @@ SHARED_MEMORY = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90a": 23
 
 
 @dataclass(frozen=True)
-class MmaConfig(PairSums):
+class MmaConfig(PairRows):
     """A tile of ``tile_m`` rows by ``tile_t`` tokens for ``warps_m · warps_t`` warps, ``tile_k`` of k a step.
 
     A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows; ``tile_k`` divides its runs.
@@ -89,6 +89,16 @@ class MmaConfig(PairSums):
     def run_sums(self) -> int:
         """Accumulators of a thread that ``mma.sp`` adds to; of Samoyeds, those of one run of V columns."""
         return 4 * self.atoms[0] * self.atoms[1]
+
+    @property
+    def sums(self) -> int:
+        """All accumulators of a thread: Samoyeds also has those of the even and of the odd output rows."""
+        return self.run_sums * (3 if self.pairs else 1)
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Which accumulators, from and up to, hold outputs at the end of a tile."""
+        return self.run_sums if self.pairs else 0, self.sums
 
     @property
     def token_bytes(self) -> int:

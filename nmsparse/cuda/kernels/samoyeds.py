@@ -20,8 +20,8 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
 
     one multiply-add of a thread for each of its sums at the end of a run, into one more set of registers; the odd row
     is the rest, S - even. (Samoyeds, EuroSys 2025, exchanges two sets of accumulators there.) While one consumer adds,
-    the tensor cores work for the other. Rounding errors of a row are relative to the pair's sums, and what is not
-    finite in one row is not in the other. All else is :mod:`~nmsparse.cuda.kernels.gemm`.
+    the tensor cores work for the other. Rounding errors of a row are relative to the pair's sums, and where one row is
+    not finite neither is the other. All else is :mod:`~nmsparse.cuda.kernels.gemm`.
     """
 
     def samoyeds(

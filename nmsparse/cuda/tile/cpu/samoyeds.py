@@ -75,17 +75,18 @@ def run_words(cfg: Any) -> Words:
     def of_sums(odd: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         return np.where(upper, odd[1][:, None], odd[0][:, None]).astype(np.float32)
 
+    def add(role: Role, acc: Accumulator, change: np.ndarray, word: str) -> None:
+        check_settled(role, acc, word)
+        with np.errstate(invalid="ignore"):
+            acc.sums[:, sums:] += change * acc.sums[:, :sums]
+
     def end_run(
         role: Role, acc: Accumulator, odd: tuple[np.ndarray, np.ndarray], following: tuple[np.ndarray, np.ndarray]
     ) -> None:
-        check_settled(role, acc, "end_run")
-        with np.errstate(invalid="ignore"):
-            acc.sums[:, sums:] += (of_sums(following) - of_sums(odd)) * acc.sums[:, :sums]
+        add(role, acc, of_sums(following) - of_sums(odd), "end_run")
 
     def end_runs(role: Role, acc: Accumulator, odd: tuple[np.ndarray, np.ndarray]) -> None:
-        check_settled(role, acc, "end_runs")
-        with np.errstate(invalid="ignore"):
-            acc.sums[:, sums:] += (1 - of_sums(odd)) * acc.sums[:, :sums]
+        add(role, acc, 1 - of_sums(odd), "end_runs")
 
     return {"zero": zero, "pick": pick, "end_run": end_run, "end_runs": end_runs}
 

@@ -45,8 +45,7 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 
 def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """What goes from one CTA to another: the accumulators that ``cfg.kept`` names."""
-    kept = slice(*cfg.kept)
+    """What goes from one CTA to another: all accumulators."""
 
     def partial(role: Role, partial_gmem: np.ndarray, cta: int) -> tuple[int, np.ndarray]:
         """Number of this consumer's partial sums of ``cta``, and the sums, as quads of each thread."""
@@ -58,7 +57,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         return slot, sums[slot]
 
     def quads(acc: Accumulator) -> np.ndarray:
-        return acc.sums[:, kept].reshape(WARPGROUP, -1, 4).swapaxes(0, 1)
+        return acc.sums.reshape(WARPGROUP, -1, 4).swapaxes(0, 1)
 
     def store_partial(role: Role, acc: Accumulator, partial_gmem: np.ndarray, flag_gmem: np.ndarray) -> None:
         check_settled(role, acc, "store_partial")

@@ -73,8 +73,7 @@ def write_line(at, a, b, c, d, row, rows):
 
 
 def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    WARPGROUPS, CLUSTER, (FIRST, LAST) = cfg.warpgroups, cfg.cluster, cfg.kept
-    QUADS = (LAST - FIRST) // 4
+    WARPGROUPS, CLUSTER, QUADS = cfg.warpgroups, cfg.cluster, cfg.sums // 4
     sync = callable_of(barrier.named_barrier(128))
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
@@ -83,13 +82,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def put_quad(i):
         @jit
         def part(acc, at):
-            put(
-                at + u64(i * 2048),
-                acc[FIRST + 4 * i],
-                acc[FIRST + 4 * i + 1],
-                acc[FIRST + 4 * i + 2],
-                acc[FIRST + 4 * i + 3],
-            )
+            put(at + u64(i * 2048), acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3])
 
         return part
 
@@ -97,10 +90,10 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         @jit
         def part(acc, at):
             a, b, c, d = get(at + u64(i * 2048))
-            acc[FIRST + 4 * i] += a
-            acc[FIRST + 4 * i + 1] += b
-            acc[FIRST + 4 * i + 2] += c
-            acc[FIRST + 4 * i + 3] += d
+            acc[4 * i] += a
+            acc[4 * i + 1] += b
+            acc[4 * i + 2] += c
+            acc[4 * i + 3] += d
 
         return part
 
