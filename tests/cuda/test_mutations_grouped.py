@@ -15,9 +15,9 @@ from nmsparse.cuda.config import GemmConfig
 from nmsparse.cuda.config_grouped import GroupedConfig
 from nmsparse.cuda.tile.cpu import Deadlock, KernelError
 
-# Five whole tiles and one in three parts, which begin at steps 0, 1 and 3 of runs of two steps.
+# Five whole tiles and one in three parts, which begin at steps 0, 3 and 6 of three runs of four steps.
 PAIRS = GemmConfig(pairs=True, tile_t=16, stages=2)
-SAMOYEDS = SamoyedsCase(PAIRS, rows=304, tokens=40, k=320, workers=3, split=1, parts=3, guard=0)
+SAMOYEDS = SamoyedsCase(PAIRS, rows=304, tokens=40, k=640, workers=3, split=1, parts=3, guard=0, v=256)
 # Two row tiles, of which the second has one block; experts with two tiles, none, and one, the last one not full.
 GATED = GroupedConfig(pairs=True, gather=True, gated=True, activation="silu", tile_t=16, stages=2)
 GROUPED = GroupedCase(GATED, (20, 0, 5, 15), outputs=160, k=320, workers=2, guard=0)
@@ -33,6 +33,8 @@ WRONG = AssertionError, "Not equal to tolerance"
 NAN = AssertionError, "nan"
 
 PICK = "following = tile.pick(picks, min(run + 1, runs - 1))"
+FIRST = "odd, following = tile.pick(picks, min(run, runs - 1))"
+FOLLOWING = "tile.pick(picks, min(run + 1, runs - 1))\n                for step"
 RELEASE = "tile.release(ring, turn)"
 END = "left == 0 and step <"
 ADD = "tile.end_run(acc, odd, following)"
@@ -45,8 +47,9 @@ RUNS = [
 
 
 # What both texts say about runs, at their depth.
-def common(depth, keep):
+def common(depth, keep, case):
     indent = " " * depth
+    deep = replace(case, cfg=replace(case.cfg, stages=5))  # a run fits into the ring
     wait = f"tile.wait_wgmma()\n{indent}"
     return [
         ("run ended a step late", END, "left < 0 and step <", *WRONG),
@@ -65,12 +68,19 @@ def common(depth, keep):
             KernelError,
             "reads the picks of run 3: expected one of 3 runs",
         ),
+        (
+            "picks without the padding's",
+            PICK,
+            PICK.replace("min(run + 1, runs - 1)", "run + runs"),
+            KernelError,
+            "reads the picks of run",
+        ),
         ("rows of a thread exchanged", ADD, "tile.end_run(acc, odd[::-1], following[::-1])", *WRONG),
         ("owners exchanged", ADD, "tile.end_run(acc, following, odd)", *WRONG),
         ("run ended twice", ADD, f"{ADD}; {ADD}", *WRONG),
         ("the last run not ended", LAST, "pass", *WRONG),
         ("the last run ended twice", LAST, f"{LAST}; {LAST}", *WRONG),
-        ("run ended in flight", wait + RELEASE, "pass", KernelError, "end_runs? touches sums in flight"),
+        ("run ended in flight", wait + RELEASE, "pass", KernelError, "end_run touches sums in flight", deep),
         ("zero forgotten", "tile.zero(acc)", "pass", *NAN),
         ("wait dropped", wait, "", KernelError, "while the wgmma group of turn 0 reads"),
         ("released before the wait", wait + RELEASE, f"{RELEASE}; {wait}", KernelError, "while the wgmma group"),
@@ -85,6 +95,8 @@ def common(depth, keep):
 OF_SAMOYEDS = [
     ("picks of another tile", "tile.picks(picks_gmem, row,", "tile.picks(picks_gmem, 1 - row,", *WRONG),
     ("picks below the last", "picks_gmem, row, rows,", "picks_gmem, row, rows + 2,", KernelError, "sub-row 152: there"),
+    ("a part begins with the owner of the first run", FIRST, FIRST.replace("min(run, runs - 1)", "0"), *WRONG),
+    ("a part goes on with the owner of the second run", FOLLOWING, FOLLOWING.replace("run + 1", "1"), *WRONG),
     ("zero for the first piece only", "tile.zero(acc)", "if index == 0: tile.zero(acc)", *WRONG),
     ("partial sums not added", "if last < steps", "if False", *WRONG),
     ("a part stored as the whole", "if first > 0", "if False", Deadlock, "waits for partial sums"),
@@ -114,6 +126,7 @@ OF_GROUPED = [
     ("weights of another row tile", WEIGHTS, WEIGHTS.replace("row,", "0,"), *WRONG),
     ("weights with another pitch", WEIGHTS, WEIGHTS.replace("row_blocks", "row_blocks - 1"), *NAN),
     ("picks of one expert", "picks_gmem, expert,", "picks_gmem, 0,", *WRONG),
+    ("the first run goes on with its own owner", "tile.pick(picks, min(1, runs - 1))", "tile.pick(picks, 0)", *WRONG),
     ("picks of the first tile", "expert, row, rows, runs", "expert, 0, rows, runs", *WRONG),
     ("few tokens of every tile", "end - first <= FEW", "True", AssertionError, "nan|Not equal", LARGE),
     ("few tokens of a fuller tile", "<= FEW", "<= FEW + 8", AssertionError, "nan|Not equal", LARGE),
@@ -154,7 +167,7 @@ OF_GROUPED = [
         "no expert",
     ),
     ("a tile too many brought", LOOP, "range(tile.share(tiles) + 1)", KernelError, "belongs to no expert"),
-    ("a step too many brought", "range(steps)", "range(steps + 1)", Deadlock, r"producer of CTA 0 waits for turn \d+"),
+    ("a step too many brought", "range(steps)", "range(steps + 1)", Deadlock, "producer of CTA 0 waits for turn 26"),
     ("the consumers' tiles backwards", MINE, MINE.replace("tile.nth(index)", "tiles - 1 - tile.nth(index)"), *WRONG),
     (
         "the consumers' tiles without the other CTAs'",
@@ -168,8 +181,8 @@ OF_GROUPED = [
 
 def mutants():
     for case, lists in (
-        (SAMOYEDS, (RUNS, common(20, "step > first"), OF_SAMOYEDS)),
-        (GROUPED, (common(12, "step > 0"), OF_GROUPED)),
+        (SAMOYEDS, (RUNS, common(20, "step > first", SAMOYEDS), OF_SAMOYEDS)),
+        (GROUPED, (common(12, "step > 0", GROUPED), OF_GROUPED)),
     ):
         for name, old, new, kind, says, *other in (row for rows in lists for row in rows):
             mutant = Mutant(name, old, new, kind, says, *(other or [case]))
