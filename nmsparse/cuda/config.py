@@ -102,33 +102,35 @@ class GemmConfig(PairRows):
 
     @property
     def chunk(self) -> int:
-        """Tokens that the epilogue stages at a time."""
+        """Tokens that the epilogue stages or leaves out together."""
         staged = self.staged_tokens if self.pairs else 0
         return next(size for size in (32, 16, 8) if self.tile_t % size == staged % size == 0)
 
     @property
     def buffers(self) -> int:
-        """Buffers of a warpgroup for chunks of 2:4: of two, one is written while the other is read."""
+        """Buffers of a warpgroup for outputs of 2:4: of two, one is written while the other is read."""
         return 1 if self.pairs or self.tile_t < 128 else 2
 
     @property
     def staged_token_bytes(self) -> int:
         """A token's outputs of a warpgroup when staged, and 16 bytes that spread tokens over the banks."""
-        return self.height * 2 + 16
+        return self.height * self.blocks * 2 + 16
 
     @property
     def staged_tokens(self) -> int:
-        """Tokens that the epilogue of Samoyeds stages before it writes them: all, or those for which three slots of 128
-        columns leave room.
+        """Tokens that the epilogue stages in a buffer before it writes them. Of Samoyeds all, or those for which three
+        slots of 128 columns leave room; else a slot is worth more.
         """
+        if not self.pairs:
+            return self.chunk
         barriers = 128  # of up to eight slots
         room = SHARED_MEMORY - barriers - 3 * self.slot_bytes * (2 * BLOCK // self.tile_k)
         return min(self.tile_t, room // (self.warpgroups * self.staged_token_bytes) // 16 * 16)
 
     @property
     def staging_bytes(self) -> int:
-        """What one warpgroup needs for the epilogue: Samoyeds stages whole outputs, 2:4 chunks of a block."""
-        return self.staged_tokens * self.staged_token_bytes if self.pairs else self.buffers * self.chunk * BLOCK * 2
+        """What one warpgroup needs for the epilogue."""
+        return self.buffers * self.staged_tokens * self.staged_token_bytes
 
     @property
     def staging_offset(self) -> int:

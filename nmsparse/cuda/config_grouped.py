@@ -71,9 +71,9 @@ class GroupedConfig(GemmConfig):
         return self.outputs * 2 + 16
 
     @property
-    def staging_bytes(self) -> int:
-        """What one warpgroup needs for the epilogue."""
-        return self.staged_tokens * self.staged_token_bytes
+    def buffers(self) -> int:
+        """Buffers of a warpgroup for outputs."""
+        return 1
 
     @property
     def producer_registers(self) -> int:

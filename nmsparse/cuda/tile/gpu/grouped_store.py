@@ -8,10 +8,10 @@ from typing import Any
 from numba import cuda
 from numba.cuda import types
 
-from ...ptx import matrix, memory
+from ...ptx import memory
 from ...ptx.numba_glue import callable_of
 from .activation import ACTIVATIONS
-from .staging import make_store, read_thread
+from .staging import make_stage_rows, make_store, read_thread
 from .store import sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -26,10 +26,10 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def store(acc, ring, y_gmem, row, first, end, outputs, pitch):
-        thread = read_thread()
-        group = thread // 128
-        mine = (row * WARPGROUPS + group - 1) * OUTPUTS
-        store_all(acc, ring, thread % 128, group, 0, y_gmem, mine, outputs, first, end, pitch)
+        number = read_thread()
+        group, thread = u32(number // u32(128)), u32(number % u32(128))
+        mine = i32((row * WARPGROUPS + i32(group - u32(1))) * OUTPUTS)
+        store_all(acc, ring, thread, group, 0, y_gmem, mine, outputs, i32(first), i32(end), pitch)
 
     return {"store": store}
 
@@ -47,7 +47,7 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
         @jit
         def part(acc, at):
             for column in range(2):
-                to = at + u32((8 * number + column) * PITCH)
+                to = u32(at + u32((8 * number + column) * PITCH))
                 a, c = acc[EVEN + column], acc[EVEN + column + 2]
                 b, d = act(acc[BOTH + column] - a), acc[BOTH + column + 2] - c
                 a = act(a)
@@ -55,7 +55,7 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
                     put(to, pack(a * c, b * d))
                 else:
                     put(to, pack(a, b))
-                    put(to + u32(32), pack(act(c), act(d)))
+                    put(u32(to + u32(32)), pack(act(c), act(d)))
 
         return part
 
@@ -66,68 +66,27 @@ def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
 
         @jit
         def stage(acc, staging, thread, extra):
-            lane = thread % 32
-            all_tokens(acc, staging + u32(lane % 4 * 2 * PITCH + (thread // 32 * SLAB + lane // 4) * 4))
+            warp, lane = u32(thread // u32(32)), u32(thread % u32(32))
+            pair = u32(warp * u32(SLAB) + lane // u32(4))
+            all_tokens(acc, u32(staging + lane % u32(4) * u32(2 * PITCH) + pair * u32(4)))
 
         return stage
 
     return stage_of
 
 
-def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., Any]]:
-    """Of other weights: sums lie along tokens in a thread; ``stmatrix.trans`` turns 8×8 pieces."""
-    PITCH, GATED, CHUNK = cfg.staged_token_bytes, cfg.gated, cfg.chunk
+def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., None]]:
+    """Of other weights: a thread's rows are both of a neuron, or two of the output's."""
     act, pack = ACTIVATIONS[cfg.activation], callable_of(memory.pack(cfg.dtype))
-    put_1, put_2, put_4 = (callable_of(matrix.stmatrix(count, trans=True)) for count in (1, 2, 4))
 
     @jit
-    def product(acc, i):
+    def product(acc, i, extra):
         """Two tokens of a neuron."""
         return pack(act(acc[i]) * acc[i + 2], act(acc[i + 1]) * acc[i + 3])
 
     @jit
-    def row(acc, i):
+    def row(acc, i, extra):
         """Two tokens of a row."""
         return pack(act(acc[i]), act(acc[i + 1]))
 
-    STEP = min(CHUNK, 32 if GATED else 16)  # tokens that are turned at a time
-
-    def tokens(first):
-        """``STEP`` tokens."""
-        SUM, COUNT = first // 2, STEP
-
-        @jit
-        def gated(acc, at):
-            to = at + u32(first * PITCH)
-            if COUNT == 8:
-                put_1(to, product(acc, SUM))
-            elif COUNT == 16:
-                put_2(to, product(acc, SUM), product(acc, SUM + 4))
-            else:
-                put_4(to, product(acc, SUM), product(acc, SUM + 4), product(acc, SUM + 8), product(acc, SUM + 12))
-
-        @jit
-        def plain(acc, at):
-            to = at + u32(first * PITCH)
-            if COUNT == 8:
-                put_2(to, row(acc, SUM), row(acc, SUM + 2))
-            else:
-                put_4(to, row(acc, SUM), row(acc, SUM + 2), row(acc, SUM + 4), row(acc, SUM + 6))
-
-        return gated if GATED else plain
-
-    def stage_of(first):
-        all_tokens = sequence([tokens(first + i) for i in range(0, CHUNK, STEP)])
-
-        @jit
-        def stage(acc, staging, thread, extra):
-            warp, line, matrix_ = thread // 32, thread % 8, thread % 32 // 8
-            if GATED:  # matrix i of a warp: tokens 8i.., its eight neurons
-                at = (matrix_ * 8 + line) * PITCH + warp * 16
-            else:  # matrices of a warp: rows 0-7 and 8-15 of tokens 0-7, then of tokens 8-15
-                at = (matrix_ // 2 * 8 + line) * PITCH + (warp * 2 + matrix_ % 2) * 16
-            all_tokens(acc, staging + u32(at))
-
-        return stage
-
-    return stage_of
+    return make_stage_rows(cfg, (product,) if cfg.gated else (row, row))

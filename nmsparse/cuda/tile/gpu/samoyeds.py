@@ -100,30 +100,34 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """The epilogue: a thread holds both outputs of its sub-rows, which are neighbours in a token of Y."""
     TILE_M, TILE_T, SUMS, HEIGHT, PITCH = cfg.tile_m, cfg.tile_t, cfg.run_sums, cfg.height, cfg.staged_token_bytes
-    EIGHTS = cfg.chunk // 8
+    EIGHTS, BIAS = cfg.chunk // 8, cfg.bias
     pack, put, bias_of = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32")), make_bias(cfg)
 
-    def stage_tokens(number):
-        """Eight tokens, of which a thread holds two."""
-        BOTH, EVEN = 4 * number, SUMS + 4 * number
+    def stage_token(number, column):
+        """A token's outputs of both sub-rows of a thread, the lower and the upper."""
+        BOTH = 4 * number + column
+        EVEN, OFFSET = SUMS + BOTH, (8 * number + column) * PITCH
 
         @jit
         def part(acc, at, bias):
-            for column in range(2):
-                to = at + u32((8 * number + column) * PITCH)
-                a, c = acc[EVEN + column], acc[EVEN + column + 2]
-                put(to, pack(a + bias[0], acc[BOTH + column] - a + bias[1]))
-                put(to + u32(32), pack(c + bias[2], acc[BOTH + column + 2] - c + bias[3]))
+            a, c = acc[EVEN], acc[EVEN + 2]
+            b, d = acc[BOTH] - a, acc[BOTH + 2] - c
+            if BIAS:
+                a, b, c, d = a + bias[0], b + bias[1], c + bias[2], d + bias[3]
+            put(u32(at + u32(OFFSET)), pack(a, b))
+            put(u32(at + u32(OFFSET + 32)), pack(c, d))
 
         return part
 
     def stage_of(first):
-        all_tokens = sequence([stage_tokens(first // 8 + i) for i in range(EIGHTS)])
+        numbers = [(first // 8 + i, column) for i in range(EIGHTS) for column in range(2)]
+        all_tokens = sequence([stage_token(*number) for number in numbers])
 
         @jit
         def stage(acc, staging, thread, bias):
-            sub = thread // 32 * 16 + thread % 32 // 4
-            all_tokens(acc, staging + u32(thread % 4 * 2 * PITCH + sub * 4), bias)
+            warp, lane = u32(thread // u32(32)), u32(thread % u32(32))
+            sub = u32(warp * u32(16) + lane // u32(4))
+            all_tokens(acc, u32(staging + lane % u32(4) * u32(2 * PITCH) + sub * u32(4)), bias)
 
         return stage
 
@@ -131,16 +135,16 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
-        thread = read_thread()
-        group, thread = thread // 128, thread % 128
-        first = row * TILE_M + (group - 1) * HEIGHT
-        at = first + (thread // 32 * 16 + thread % 32 // 4) * 2
+        number = read_thread()
+        group, thread = u32(number // u32(128)), u32(number % u32(128))
+        first = i32(row * TILE_M + i32(group - u32(1)) * HEIGHT)
+        at = i32(first + i32((thread // u32(32) * u32(16) + thread % u32(32) // u32(4)) * u32(2)))
         bias = (
             bias_of(bias_gmem, at, rows),
-            bias_of(bias_gmem, at + 1, rows),
-            bias_of(bias_gmem, at + 16, rows),
-            bias_of(bias_gmem, at + 17, rows),
+            bias_of(bias_gmem, i32(at + 1), rows),
+            bias_of(bias_gmem, i32(at + 16), rows),
+            bias_of(bias_gmem, i32(at + 17), rows),
         )
-        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, token * TILE_T, tokens, pitch)
+        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch)
 
     return {"store": store}

@@ -1,22 +1,26 @@
 """From registers to Y by a buffer in shared memory, on Numba CUDA: so that whole lines are written.
 
-A staged token has 16 bytes of padding, so that the tokens of a warp fall on different banks. Threads store: the copy
-engine would take a row at a time, for each of which a warp needs some twenty instructions (benchmarks/LOG.md).
+Token t of the output is a row of memory, but a thread's sums lie along tokens. A staged token has 16 bytes of padding,
+so that the tokens of a warp fall on different banks. Threads store: the copy engine would take a row at a time, for
+each of which a warp needs some twenty instructions (benchmarks/LOG.md).
+
+Numbers are of 32 bits without a sign where they come from the thread's own: of others, whose range it does not know,
+the compiler divides as Python does, in 64 bits, and a tile's epilogue was mostly that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from numba import cuda
 from numba.cuda import types
 
-from ...ptx import barrier, memory
+from ...ptx import barrier, matrix, memory
 from ...ptx.numba_glue import callable_of
 from .store import sequence, write_line
 
-__all__ = ["make_store", "read_thread"]
+__all__ = ["make_stage_rows", "make_store", "read_thread"]
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
 
@@ -30,17 +34,18 @@ _read_thread = callable_of(memory.read_again("tid.x"))
 @jit
 def read_thread():
     """Number of the thread, read anew: what hangs on it takes no registers during the products."""
-    return i32(_read_thread())
+    return u32(_read_thread() & u32(1023))
 
 
 def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., None]]) -> Callable[..., None]:
     """``y[token + t, first + m]`` of a warpgroup, ``outputs`` of each token, only before ``end`` and ``rows``.
 
-    ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into the
-    buffer, where token 0 begins at ``at`` or would. ``cfg.staged_tokens`` have room at a time.
+    ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into a
+    buffer, where token 0 begins at ``at`` or would. ``cfg.staged_tokens`` have room in each of ``cfg.buffers``; of two,
+    one is written while the other is read.
     """
     STAGING, STAGING_BYTES, STAGED = cfg.staging_offset, cfg.staging_bytes, cfg.staged_tokens
-    PITCH = cfg.staged_token_bytes
+    PITCH, BUFFERS = cfg.staged_token_bytes, cfg.buffers
 
     def stage_chunk(t):
         stage = stage_of(t)
@@ -52,59 +57,119 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
 
         return part
 
-    def store_staged(t):
-        tokens = min(STAGED, cfg.tile_t - t)
+    def store_staged(number):
+        t = number * STAGED
+        tokens, buffer = min(STAGED, cfg.tile_t - t), number % BUFFERS * STAGED * PITCH
         stage_all = sequence([stage_chunk(t + i) for i in range(0, tokens, cfg.chunk)])
         send = _make_send(tokens, outputs, PITCH)
+        OCCUPIED = BUFFERS == 1 or number == 0  # others may still read what was staged last
 
         @jit
-        def part(acc, staging, thread, group, extra, y_gmem, first, rows, token, end, pitch):
-            if t < end - token:
-                _sync(u32(group))  # the buffer has been read
-                stage_all(acc, staging - u32(t * PITCH), thread, extra, end - token)
-                _sync(u32(group))
-                send(staging, thread, y_gmem, first, rows, token + t, end, pitch)
+        def part(acc, staging, thread, group, extra, y_gmem, first, rows, token, left, pitch):
+            if t < left:
+                if OCCUPIED:
+                    _sync(group)
+                stage_all(acc, u32(staging + u32(buffer) - u32(t * PITCH)), thread, extra, left)
+                _sync(group)
+                send(u32(staging + u32(buffer)), thread, y_gmem, first, rows, i32(token + t), i32(left - t), pitch)
 
         return part
 
-    store_all = sequence([store_staged(t) for t in range(0, cfg.tile_t, STAGED)])
+    store_all = sequence([store_staged(i) for i in range(-(-cfg.tile_t // STAGED))])
 
     @jit
     def store(acc, ring, thread, group, extra, y_gmem, first, rows, token, end, pitch):
-        staging = ring + u32(STAGING + (group - 1) * STAGING_BYTES)
-        store_all(acc, staging, thread, group, extra, y_gmem, first, rows, token, end, pitch)
+        staging = u32(ring + u32(STAGING) + u32(group - u32(1)) * u32(STAGING_BYTES))
+        store_all(acc, staging, thread, group, extra, y_gmem, first, rows, token, i32(end - token), pitch)
 
     return store
 
 
 def _make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., None]:
-    """``y[token + t, first + m] = staged[t, m]``: 16 bytes a thread where they lie at multiples of 16, else less."""
+    """``y[token + t, first + m] = staged[t, m]`` for t before ``left``: 16 bytes a thread where they lie at multiples of
+    16, else less.
+    """
     PIECES = outputs // 8  # of a token
     LINES = 128 // PIECES  # tokens at a time
 
     def send_lines(i):
         @jit
-        def part(at, to, left, pitch):
+        def part(at, to, left, row_bytes):
             if i < left:
-                a, b, c, d = _read(at + u32(i * pitch_bytes))
-                _write(to + u64(i) * u64(pitch * 2), a, b, c, d)
+                a, b, c, d = _read(u32(at + u32(i * pitch_bytes)))
+                _write(to + u64(i) * row_bytes, a, b, c, d)
 
         return part
 
     send_all = sequence([send_lines(i) for i in range(0, tokens, LINES)])
 
     @jit
-    def send(staging, thread, y_gmem, first, rows, token, end, pitch):
-        line, m = thread // PIECES, first + thread % PIECES * 8
-        left = min(end - token, tokens) - line
-        if m < rows:
-            at = staging + u32(line * pitch_bytes + thread % PIECES * 16)
-            to = y_gmem + (u64(token + line) * u64(pitch) + u64(m)) * u64(2)
+    def send(staging, thread, y_gmem, first, rows, token, left, pitch):
+        line, piece = u32(thread // u32(PIECES)), u32(thread % u32(PIECES))
+        m = i32(first + i32(piece * u32(8)))
+        left = i32(min(left, i32(tokens)) - i32(line))
+        if m < rows and left > 0:
+            at = u32(staging + line * u32(pitch_bytes) + piece * u32(16))
+            row_bytes = u64(u32(pitch)) * u64(2)
+            to = y_gmem + u64(u32(token + i32(line))) * row_bytes + u64(u32(m)) * u64(2)
             if (rows | pitch) % 8 == 0 and y_gmem % u64(16) == 0:
-                send_all(at, to, left, pitch)
+                send_all(at, to, left, row_bytes)
             else:
-                for i in range(0, left, LINES):
-                    a, b, c, d = _read(at + u32(i * pitch_bytes))
-                    write_line(to + u64(i) * u64(pitch * 2), a, b, c, d, m, rows)
+                for i in range(i32(0), left, i32(LINES)):
+                    a, b, c, d = _read(u32(at + u32(i) * u32(pitch_bytes)))
+                    write_line(to + u64(u32(i)) * row_bytes, a, b, c, d, m, rows)
 
     return send
+
+
+def make_stage_rows(cfg: Any, words: Sequence[Callable[..., Any]], block: int = 0) -> Callable[[int], Callable[..., None]]:
+    """``stage_of`` for one or two rows of a thread, each with two neighbouring tokens in every eight.
+
+    ``words[h](acc, i, extra)`` are those two, packed, of the sums from ``i`` on. ``stmatrix.trans`` turns 8×8 pieces;
+    the rows of a warpgroup's ``block`` become ``8 * len(words)`` outputs of each of its warps.
+    """
+    PITCH, CHUNK, HALVES = cfg.staged_token_bytes, cfg.chunk, len(words)
+    lower, upper = words[0], words[-1]
+    STEP = min(CHUNK, 32 // HALVES)  # tokens that are turned at a time
+    COUNT = STEP // 8 * HALVES
+    put_1, put_2, put_4 = (callable_of(matrix.stmatrix(count, trans=True)) for count in (1, 2, 4))
+    SUMS, ACROSS, EACH = block * cfg.tile_t // 2, block * 64 * HALVES, 4 // HALVES
+
+    @jit
+    def word(acc, i, extra):
+        return lower(acc, i, extra) if i % 4 == 0 else upper(acc, i, extra)
+
+    def turn(first):
+        FIRST = SUMS + first // 2
+
+        @jit
+        def part(acc, at, extra):
+            to = u32(at + u32(first * PITCH))
+            if COUNT == 1:
+                put_1(to, word(acc, FIRST, extra))
+            elif COUNT == 2:
+                put_2(to, word(acc, FIRST, extra), word(acc, FIRST + EACH, extra))
+            else:
+                put_4(
+                    to,
+                    word(acc, FIRST, extra),
+                    word(acc, FIRST + EACH, extra),
+                    word(acc, FIRST + 2 * EACH, extra),
+                    word(acc, FIRST + 3 * EACH, extra),
+                )
+
+        return part
+
+    def stage_of(first):
+        turn_all = sequence([turn(first + i) for i in range(0, CHUNK, STEP)])
+
+        @jit
+        def stage(acc, staging, thread, extra):
+            # Matrices of a warp: rows 0-7 (and 8-15) of tokens 0-7, then of tokens 8-15, and so on.
+            warp, line, number = u32(thread // u32(32)), u32(thread % u32(8)), u32(thread % u32(32) // u32(8))
+            token, slab = u32(number // u32(HALVES) * u32(8) + line), u32(warp * u32(HALVES) + number % u32(HALVES))
+            turn_all(acc, u32(staging + token * u32(PITCH) + slab * u32(16) + u32(ACROSS)), extra)
+
+        return stage
+
+    return stage_of

@@ -145,7 +145,7 @@ def make_bias(cfg: Any) -> Callable[..., Any]:
     @jit
     def bias_of(bias_gmem, row, rows):
         if BIAS and row < rows:
-            return unpack(u32(get(bias_gmem + u64(row * 2))))
+            return unpack(u32(get(bias_gmem + u64(u32(row)) * u64(2))))
         return f32(0)
 
     return bias_of
