@@ -191,8 +191,7 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def present(row, rows):
         """Blocks of row tile ``row`` that exist."""
-        blocks = (rows + HEIGHT - 1) // HEIGHT - row * BLOCKS
-        return min(max(blocks, 0), BLOCKS)
+        return min(max(i32(i32((rows + HEIGHT - 1) // HEIGHT) - i32(row * BLOCKS)), i32(0)), i32(BLOCKS))
 
     @jit
     def prefetch(x_gmem):
@@ -202,7 +201,7 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def expect(ring, turn, row, rows):
         full = ring + BARRIERS + 8 * (u32(turn) % u32(STAGES))
-        expect_bytes(full, TOKENS + present(row, rows) * WEIGHTS)
+        expect_bytes(full, u32(TOKENS) + u32(present(row, rows)) * u32(WEIGHTS))
 
     @jit
     def load_tokens(ring, turn, x_gmem, token, step):
@@ -216,13 +215,24 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             else:
                 load(to + j * TILE_T * 128, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T, full)
 
+    def load_block(i):
+        @jit
+        def part(to, at, row_bytes, full, number):
+            if i < number:
+                bulk(u32(to + u32(i * WEIGHTS)), at + u64(i) * row_bytes, WEIGHTS, full)
+
+        return part
+
+    load_blocks = sequence([load_block(i) for i in range(BLOCKS)])
+
     @jit
     def load_weights(ring, turn, w_gmem, row, step, rows, k_blocks):
         slot = u32(turn) % u32(STAGES)
         full, to = ring + BARRIERS + 8 * slot, ring + slot * u32(SLOT) + TOKENS
-        for i in range(present(row, rows)):
-            block = u64(row * BLOCKS + i) * u64(k_blocks) + u64(step * STEP)
-            bulk(to + i * WEIGHTS, w_gmem + block * u64(BLOCK_BYTES), WEIGHTS, full)
+        # What does not depend on the step is worked out once a tile: the thread that fills the ring has little time.
+        row_bytes = u64(u32(k_blocks)) * u64(BLOCK_BYTES)
+        at = w_gmem + u64(u32(row * BLOCKS)) * row_bytes + u64(u32(step)) * u64(STEP * BLOCK_BYTES)
+        load_blocks(u32(to), at, row_bytes, u32(full), present(row, rows))
 
     return {"prefetch": prefetch, "expect": expect, "load_tokens": load_tokens, "load_weights": load_weights}
 
