@@ -80,7 +80,7 @@ class GroupedConfig(GemmConfig):
         """What the producer keeps: with a gather, the rows that a thread copies."""
         if self.warpgroups == 1:
             return 88
-        return 72 if self.sums <= 128 else 56 if self.gather else 40
+        return 72 if self.sums <= 128 or self.gather else 40
 
     @property
     def signature(self) -> str:

@@ -35,7 +35,10 @@ def whole_tiles(worker, workers, tiles, split):
     >>> [whole_tiles(w, 4, 10, 1) for w in range(4)]
     [3, 2, 2, 2]
     """
-    return divide(tiles - split + workers - 1 - worker, workers)
+    whole = tiles - split
+    if whole <= workers:  # most products of few tokens, whose first copy would wait for the division
+        return 1 if worker < whole else 0
+    return divide(whole + workers - 1 - worker, workers)
 
 
 def pieces(worker, workers, tiles, split, parts):
@@ -77,6 +80,8 @@ def place(tile, row_tiles, token_tiles, group):
     >>> [place(t, 3, 2, 2) for t in range(6)]
     [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
     """
+    if token_tiles == 1:
+        return tile, 0
     band = divide(tile, group * token_tiles)
     inside = tile - band * group * token_tiles
     height = min(group, row_tiles - band * group)

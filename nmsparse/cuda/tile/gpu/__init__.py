@@ -14,6 +14,7 @@ from ...layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import address_of, callable_of, registers, teach
 from .epilogue import store_words
+from .numbers import cta_count, cta_number, lane_number, thread_number, warp_number
 from .store import partial_words, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -65,11 +66,11 @@ def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def worker():
-        return cuda.blockIdx.x // CLUSTER
+        return i32(cta_number() // u32(CLUSTER))
 
     @jit
     def workers():
-        return cuda.gridDim.x // CLUSTER
+        return i32(cta_count() // u32(CLUSTER))
 
     @jit
     def grid(rows, tokens, k_blocks):
@@ -94,11 +95,11 @@ def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def role():
-        return cuda.threadIdx.x // 128 - 1
+        return i32(thread_number() // u32(128)) - 1
 
     @jit
     def elect():
-        return cuda.threadIdx.x == 0
+        return thread_number() == 0
 
     return {"grid": grid, "pieces": pieces, "piece": piece, "place": place, "role": role, "elect": elect}
 
@@ -127,7 +128,7 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def ring():
         base = (to_shared(address_of(cuda.shared.array(0, types.uint8))) + 1023) & ~1023
-        if cuda.threadIdx.x == 0:
+        if thread_number() == 0:
             for slot in range(STAGES):
                 init(base + BARRIERS + 8 * slot, FILLERS)
                 init(base + BARRIERS + 8 * (STAGES + slot), ARRIVALS)
@@ -147,7 +148,7 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def release(ring, turn):
         warp_barrier()  # all lanes have read their metadata
-        if cuda.threadIdx.x % 32 == 0:
+        if lane_number() == 0:
             empty = ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES))
             arrive(empty)
             for other in range(1, CLUSTER):
@@ -195,7 +196,7 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def prefetch(x_gmem):
-        if cuda.threadIdx.x == 0:
+        if thread_number() == 0:
             prefetch_map(x_gmem)
 
     @jit
@@ -294,11 +295,9 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
 
     @jit
     def wgmma_sp(acc, ring, turn, keep):
-        thread = u32(cuda.threadIdx.x)
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
-        weights = slot + TOKENS + (thread // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
-        warp, lane = thread % u32(128) // u32(32), thread % u32(32)
-        word = (warp * u32(16) + lane // u32(4) * u32(2) + lane % u32(2)) * u32(8)
+        weights = slot + TOKENS + (thread_number() // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
+        word = (warp_number() % u32(4) * u32(16) + lane_number() // u32(4) * u32(2) + lane_number() % u32(2)) * u32(8)
         # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
         a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
         b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR

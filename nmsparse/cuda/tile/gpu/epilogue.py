@@ -11,7 +11,8 @@ from numba.cuda import types
 from ...layout import BLOCK
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
-from .staging import make_stage_rows, make_store, read_thread
+from .numbers import read_thread
+from .staging import make_stage_rows, make_store
 from .store import collect, make_bias, sequence
 
 __all__ = ["store_words"]

@@ -15,6 +15,7 @@ from ...ptx import arithmetic, barrier, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
 from . import jit, nothing  # and that module's divide for the schedule
 from .grouped import picks_word
+from .numbers import cta_number, lane_number, thread_number, warp_number
 from .store import sequence
 
 u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
@@ -42,21 +43,22 @@ def weight_words(cfg: Any) -> Words:
 
     @jit
     def first_block():
-        return cuda.threadIdx.x // 32 * BATCH
+        return i32(warp_number() * u32(BATCH))
 
     def load_block(i):
         @jit
         def part(a, e, w_gmem, slab, block, k_blocks):
-            lane, slice_ = cuda.threadIdx.x % 32, slab % 4
-            if block + i < k_blocks:
-                base = w_gmem + (u64(slab // 4) * u64(k_blocks) + u64(block + i)) * u64(BLOCK_BYTES)
-                values = base + u64(slice_ * 1024 + lane * 4)
+            stripe, slice_ = u32(u32(slab) // u32(4)), u32(u32(slab) % u32(4))
+            if i32(block + i) < k_blocks:
+                first = w_gmem + (u64(stripe) * u64(u32(k_blocks)) + u64(u32(block))) * u64(BLOCK_BYTES)
+                base = first + u64(i * BLOCK_BYTES)
+                values = base + u64(u32(slice_ * u32(1024) + lane_number() * u32(4)))
                 for step in range(2):
                     for register in range(4):
                         core = (2 * step + register // 2) * 128 + register % 2 * 512
                         a[8 * i + 4 * step + register] = read(values + u64(core))
-                word = (slice_ * 16 + lane // 4 * 2 + lane % 2) * 8
-                e[2 * i], e[2 * i + 1] = read_meta(base + u64(VALUE_BYTES + word))
+                word = u32((slice_ * u32(16) + lane_number() // u32(4) * u32(2) + lane_number() % u32(2)) * u32(8))
+                e[2 * i], e[2 * i + 1] = read_meta(base + u64(VALUE_BYTES) + u64(word))
             else:
                 for register in range(8):
                     a[8 * i + register] = u32(0)
@@ -67,8 +69,8 @@ def weight_words(cfg: Any) -> Words:
     def load_pick(i):
         @jit
         def part(odd, picks, block, run_blocks, runs):
-            run = min(i32(divide(block + i, run_blocks)), runs - 1)
-            odd[2 * i], odd[2 * i + 1] = read_pick(picks[0] + u64(run)), read_pick(picks[1] + u64(run))
+            run = u64(u32(min(i32(divide(i32(block + i), run_blocks)), i32(runs - 1))))
+            odd[2 * i], odd[2 * i + 1] = read_pick(picks[0] + run), read_pick(picks[1] + run)
 
         return part
 
@@ -87,7 +89,7 @@ def _pick_words(cfg: Any) -> Words:
 
     @jit
     def slab():
-        return i32(cuda.blockIdx.x)
+        return i32(cta_number())
 
     @jit
     def picks(picks_gmem, slab, rows, runs):
@@ -98,18 +100,15 @@ def _pick_words(cfg: Any) -> Words:
 
 def _token_words(cfg: Any) -> Words:
     BATCH, GROUPS = cfg.batch, cfg.tile_t // 8
-    read = callable_of(memory.load("global", "u32"))
 
     def load_columns(i, group):
+        load = load_row(i, (i * GROUPS + group) * 8)
+
         @jit
         def part(b, x_gmem, block, tokens, columns, x_pitch):
-            token, column = group * 8 + cuda.threadIdx.x % 32 // 4, (block + i) * BLOCK + cuda.threadIdx.x % 4 * 2
-            row = x_gmem + (u64(token) * u64(x_pitch) + u64(column)) * u64(2)
-            for register in range(8):
-                value = u32(0)
-                if token < tokens and column + 8 * register < columns:
-                    value = read(row + u64(16 * register))
-                b[(i * GROUPS + group) * 8 + register] = value
+            token = i32(u32(group * 8) + lane_number() // u32(4))
+            row = x_gmem + u64(u32(token)) * u64(u32(x_pitch)) * u64(2)
+            load(b, row, token < tokens, i32(block), columns)
 
         return part
 
@@ -117,6 +116,31 @@ def _token_words(cfg: Any) -> Words:
         "load_tokens": sequence([load_columns(i, group) for i in range(BATCH) for group in range(GROUPS)]),
         "token_registers": registers(8 * BATCH * GROUPS, "u32"),
     }
+
+
+def load_row(i: int, first: int) -> Callable[..., None]:
+    """This lane's eight pairs of columns of block ``block + i`` of a token whose row begins at ``row``, if it is
+    ``present``, from register ``first`` on; zeros from ``columns`` on.
+    """
+    FIRST = first
+    read = callable_of(memory.load("global", "u32"))
+
+    @jit
+    def load(b, row, present, block, columns):
+        column = i32(i32(block + i) * BLOCK + i32(lane_number() % u32(4) * u32(2)))
+        left = i32(columns - column) if present else i32(0)
+        at = row + u64(u32(column)) * u64(2)
+        if left > 56:  # all eight, as everywhere but at the end of a row
+            for register in range(8):
+                b[FIRST + register] = read(at + u64(16 * register))
+        else:
+            for register in range(8):
+                value = u32(0)
+                if 8 * register < left:
+                    value = read(at + u64(16 * register))
+                b[FIRST + register] = value
+
+    return load
 
 
 def sum_words(cfg: Any) -> Words:
@@ -156,12 +180,12 @@ def sum_words(cfg: Any) -> Words:
     @jit
     def share(acc):
         """D[row, token] of each set of this warp to ``[warp][set][token][row]``."""
-        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-        mine = base() + u32(warp * SETS * TILE_T * 64)
+        row, token = lane_number() // u32(4), lane_number() % u32(4) * u32(2)
+        mine = u32(base() + warp_number() * u32(SETS * TILE_T * 64) + (token * u32(16) + row) * u32(4))
         for half in range(SETS):
             for i in range(SUMS):
-                row, token = lane // 4 + i % 4 // 2 * 8, i // 4 * 8 + lane % 4 * 2 + i % 2
-                put(mine + u32(((half * TILE_T + token) * 16 + row) * 4), acc[FIRST + half * SUMS + i])
+                row, token = i % 4 // 2 * 8, i // 4 * 8 + i % 2
+                put(u32(mine + u32(((half * TILE_T + token) * 16 + row) * 4)), acc[FIRST + half * SUMS + i])
 
     @jit
     def barrier_():
@@ -193,9 +217,9 @@ def total_word(cfg: Any) -> Callable[..., Any]:
 
     @jit
     def total(half, token, row):
-        found = f32(0)
-        for warp in range(WARPS):
-            found += get(base() + u32((((warp * SETS + half) * TILE_T + token) * 16 + row) * 4))
+        found, first = f32(0), u32(base() + ((half * u32(TILE_T) + token) * u32(16) + row) * u32(4))
+        for i in range(WARPS):
+            found += get(u32(first + u32(i * SETS * TILE_T * 64)))
         return found
 
     return total
@@ -209,13 +233,15 @@ def _store_words(cfg: Any) -> Words:
 
     @jit
     def store(y_gmem, bias_gmem, slab, rows, tokens, y_pitch):
-        for index in range(cuda.threadIdx.x, OUTPUTS * TILE_T, THREADS):
-            token, output = index // OUTPUTS, index % OUTPUTS
-            row = slab * OUTPUTS + output
-            if token < tokens and row < rows:
-                value = total(output % SETS, token, output // SETS)
+        for round in range(-(-OUTPUTS * TILE_T // THREADS)):
+            index = u32(thread_number() + u32(round * THREADS))
+            token, output = u32(index // u32(OUTPUTS)), u32(index % u32(OUTPUTS))
+            row = u32(u32(slab) * u32(OUTPUTS) + output)
+            if token < TILE_T and i32(token) < tokens and i32(row) < rows:
+                value = total(u32(output % u32(SETS)), token, u32(output // u32(SETS)))
                 if BIAS:
-                    value += unpack(u32(get_bias(bias_gmem + u64(row * 2))))
-                write(y_gmem + (u64(token) * u64(y_pitch) + u64(row)) * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
+                    value += unpack(u32(get_bias(bias_gmem + u64(row) * u64(2))))
+                at = u64(token) * u64(u32(y_pitch)) + u64(row)
+                write(y_gmem + at * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
 
     return {"store": store}

@@ -5,16 +5,16 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from numba import cuda
 from numba.cuda import types
 
-from ...layout import BLOCK, BLOCK_BYTES
+from ...layout import BLOCK_BYTES
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of, registers
 from . import jit, nothing
 from .activation import ACTIVATIONS
-from .gemv import Words, sum_words, total_word, weight_words
+from .gemv import Words, load_row, sum_words, total_word, weight_words
 from .grouped import picks_word, plan_words
+from .numbers import cta_number, lane_number, thread_number
 from .overlap import overlap_words
 from .store import sequence
 
@@ -42,7 +42,7 @@ def make(cfg: Any) -> ModuleType:
 def _expert_words(cfg: Any) -> Words:
     @jit
     def number():
-        return i32(cuda.blockIdx.x)
+        return i32(cta_number())
 
     @jit
     def weights_of(w_gmem, expert, row_blocks, k_blocks):
@@ -53,12 +53,12 @@ def _expert_words(cfg: Any) -> Words:
 
 def _token_words(cfg: Any) -> Words:
     BATCH, GATHER = cfg.batch, cfg.gather
-    read, read_row = callable_of(memory.load("global", "u32")), callable_of(memory.load("global", "u32"))
+    read_row = callable_of(memory.load("global", "u32"))
 
     @jit
     def source(rows_gmem, first, end, x_pitch):
         """Offset in X of this lane's token, 2 bytes a unit; -1 if it has none."""
-        token = first + i32(cuda.threadIdx.x) % 32 // 4
+        token = i32(first + i32(lane_number() // u32(4)))
         if token >= end:
             return i64(-1)
         if GATHER:
@@ -66,15 +66,11 @@ def _token_words(cfg: Any) -> Words:
         return i64(token) * i64(x_pitch)
 
     def load_columns(i):
+        load = load_row(i, 8 * i)
+
         @jit
         def part(b, x_gmem, token, block, columns):
-            column = (block + i) * BLOCK + i32(cuda.threadIdx.x) % 4 * 2
-            row = x_gmem + u64(token + column) * u64(2)
-            for register in range(8):
-                value = u32(0)
-                if token >= 0 and column + 8 * register < columns:
-                    value = read(row + u64(16 * register))
-                b[8 * i + register] = value
+            load(b, x_gmem + u64(token) * u64(2), token >= 0, i32(block), columns)
 
         return part
 
@@ -92,14 +88,16 @@ def _store_words(cfg: Any) -> Words:
 
     @jit
     def store(y_gmem, slab, first, end, outputs, y_pitch):
-        for index in range(cuda.threadIdx.x, OUTPUTS * TILE_T, THREADS):
-            token, output = index // OUTPUTS, index % OUTPUTS
-            row, half = output // SETS, output % SETS
-            if first + token < end and slab * OUTPUTS + output < outputs:
+        for round in range(-(-OUTPUTS * TILE_T // THREADS)):
+            index = u32(thread_number() + u32(round * THREADS))
+            token, output = u32(index // u32(OUTPUTS)), u32(index % u32(OUTPUTS))
+            row, half = u32(output // u32(SETS)), u32(output % u32(SETS))
+            position, neuron = i32(first + i32(token)), i32(slab * OUTPUTS + i32(output))
+            if token < TILE_T and position < end and neuron < outputs:
                 value = act(total(half, token, row))
                 if GATED:
-                    value *= total(half, token, row + 8)
-                at = u64(first + token) * u64(y_pitch) + u64(slab * OUTPUTS + output)
+                    value *= total(half, token, u32(row + u32(8)))
+                at = u64(u32(position)) * u64(u32(y_pitch)) + u64(u32(neuron))
                 write(y_gmem + at * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
 
     return {"store": store}

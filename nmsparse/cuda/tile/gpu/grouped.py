@@ -15,9 +15,9 @@ from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import callable_of, registers
 from . import consumer_words, descriptor, ring_words, sparse_product
 from .grouped_store import store_words
+from .numbers import cta_count, cta_number, lane_number, read_thread, thread_number, warp_number
 from .overlap import overlap_words
 from .samoyeds import run_words
-from .staging import read_thread
 from .store import sequence
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
@@ -78,7 +78,7 @@ def plan_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         """The expert of a tile: how many have all their tiles before it. Each lane looks at some."""
         found = i32(0)
         for base in range(0, experts, 32):
-            index = base + i32(cuda.threadIdx.x % 32)
+            index = base + i32(lane_number())
             before = u32(0)
             if index < experts and tiles_to(plan_gmem, experts, index) * row_tiles <= number:
                 before = u32(1)
@@ -105,11 +105,11 @@ def _worker_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def share(tiles):
-        return i32(share_of(i32(cuda.blockIdx.x), i32(cuda.gridDim.x), tiles))
+        return i32(share_of(i32(cta_number()), i32(cta_count()), tiles))
 
     @jit
     def nth(index):
-        return i32(nth_of(i32(index), i32(cuda.blockIdx.x), i32(cuda.gridDim.x)))
+        return i32(nth_of(i32(index), i32(cta_number()), i32(cta_count())))
 
     @jit
     def grid(row_blocks, k_blocks):
@@ -117,11 +117,11 @@ def _worker_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def role():
-        return i32(cuda.threadIdx.x) // 128 - 1
+        return i32(thread_number() // u32(128)) - 1
 
     @jit
     def elect():
-        return GATHER or cuda.threadIdx.x < 32
+        return GATHER or thread_number() < 32
 
     return {"grid": grid, "share": share, "nth": nth, "role": role, "elect": elect}
 
@@ -149,7 +149,7 @@ def _weight_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def load_packed(ring, turn, w_gmem, expert, row, step, row_blocks, k_blocks):
-        if cuda.threadIdx.x == 0:
+        if thread_number() == 0:
             slot = u32(turn) % u32(STAGES)
             full, to = ring + u32(BARRIERS) + u32(8) * slot, ring + slot * u32(SLOT) + u32(TOKENS)
             present = min(row_blocks - row * BLOCKS, BLOCKS)
@@ -162,7 +162,7 @@ def _weight_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def load_dense(ring, turn, w_gmem, expert, row, step, row_blocks, k_blocks):
-        if cuda.threadIdx.x == 0:
+        if thread_number() == 0:
             slot = u32(turn) % u32(STAGES)
             full, to = ring + u32(BARRIERS) + u32(8) * slot, ring + slot * u32(SLOT) + u32(TOKENS)
             expect_bytes(full, TOKEN_BYTES + BLOCKS * WEIGHTS)
@@ -182,7 +182,7 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def find_token(i):
         @jit
         def part(found, rows_gmem, first, end, x_pitch):
-            token = i32(first + i32(cuda.threadIdx.x) // 8 + 16 * i)
+            token = i32(first + i32(thread_number() // u32(8)) + 16 * i)
             found[i] = u32(NOWHERE)
             if token < end:
                 found[i] = read(rows_gmem + u64(token) * u64(4)) * u32(x_pitch // 8)
@@ -199,7 +199,7 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def copy_token(i, j):
         @jit
         def part(found, to, source, size):
-            if TILE_T >= 16 or cuda.threadIdx.x < 64:
+            if TILE_T >= 16 or thread_number() < 64:
                 copy_row(u32(to + u32((j * TILE_T + 16 * i) * 128)), source, found[i], size)
 
         return part
@@ -222,8 +222,8 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def gather(ring, turn, x_gmem, tokens, step, columns):
         # Read anew in each step: the producer has no registers for what hangs on it.
-        slot, thread = u32(turn) % u32(STAGES), u32(read_thread())
-        line, chunk = thread // u32(8), thread % u32(8)
+        slot, number = u32(turn) % u32(STAGES), read_thread()
+        line, chunk = number // u32(8), number % u32(8)
         to = u32(ring + slot * u32(SLOT) + line * u32(128) + (chunk ^ line % u32(8)) * u32(16))
         copy_all(tokens, to, x_gmem, u32(step * (STEP * BLOCK) + chunk * u32(8)), columns)
         arrive(ring + u32(BARRIERS) + u32(8) * slot)
@@ -234,7 +234,7 @@ def _token_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def load_tokens(ring, turn, x_gmem, tokens, step, columns):
-        if cuda.threadIdx.x == 0:
+        if thread_number() == 0:
             slot = u32(turn) % u32(STAGES)
             full, to = ring + u32(BARRIERS) + u32(8) * slot, ring + slot * u32(SLOT)
             for j in range(STEP):
@@ -279,7 +279,7 @@ def _dense_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     @jit
     def multiply(acc, ring, turn, keep):
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
-        weights = slot + u32(TOKENS) + (u32(cuda.threadIdx.x) // u32(128) - u32(1)) * u32(BLOCK * 128)
+        weights = slot + u32(TOKENS) + (thread_number() // u32(128) - u32(1)) * u32(BLOCK * 128)
         a, b = u64(weights >> u32(4)) | DESCRIPTOR, u64(slot >> u32(4)) | DESCRIPTOR
         fence()
         multiply_all(acc, a, b, keep)
@@ -307,12 +307,12 @@ def picks_word(gated: bool) -> Callable[..., Any]:
     @jit
     def picks(picks_gmem, expert, slab, rows, runs):
         """The sub-rows of packed rows g and g + 8, which are a gate row and its up row if there is a gate."""
-        lane = i32(cuda.threadIdx.x) % 32 // 4
+        mine = i32(lane_number() // u32(4))
         if GATED:
-            low = min(slab * 8 + lane, rows // 2 - 1)
+            low = min(slab * 8 + mine, rows // 2 - 1)
             high = low + rows // 2
         else:
-            low = min(slab * 16 + lane, rows - 1)
+            low = min(slab * 16 + mine, rows - 1)
             high = min(low + 8, rows - 1)
         first = picks_gmem + u64(expert) * u64(rows) * u64(runs)
         return first + u64(low) * u64(runs), first + u64(high) * u64(runs)
@@ -325,6 +325,6 @@ def _tile_picks(cfg: Any) -> Callable[..., Any]:
 
     @jit
     def picks(picks_gmem, expert, row, rows, runs):
-        return of_slab(picks_gmem, expert, row * SLABS + i32(cuda.threadIdx.x) // 32 - 4, rows, runs)
+        return of_slab(picks_gmem, expert, i32(row * SLABS + i32(warp_number()) - 4), rows, runs)
 
     return picks

@@ -11,7 +11,8 @@ from numba.cuda import types
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
 from .activation import ACTIVATIONS
-from .staging import make_stage_rows, make_store, read_thread
+from .numbers import read_thread
+from .staging import make_stage_rows, make_store
 from .store import sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32

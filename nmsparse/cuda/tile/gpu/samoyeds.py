@@ -14,7 +14,8 @@ from ...layout import BLOCK
 from ...ptx import arithmetic, memory
 from ...ptx.numba_glue import callable_of
 from . import consumer_words, place_words, producer_words, ring_words
-from .staging import make_store, read_thread
+from .numbers import lane_number, read_thread, warp_number
+from .staging import make_store
 from .store import make_bias, partial_words, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -62,13 +63,14 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def picks(picks_gmem, row, rows, runs):
         """Where the choices of this thread's two sub-rows begin."""
-        mine = row * (TILE_M // 2) + cuda.threadIdx.x // 32 * 16 - BLOCK + cuda.threadIdx.x % 32 // 4
-        last = (rows + 1) // 2 - 1  # rows beyond the last are not stored; they may go anywhere
-        return picks_gmem + u64(min(mine, last)) * u64(runs), picks_gmem + u64(min(mine + 8, last)) * u64(runs)
+        mine = i32(row * (TILE_M // 2) + i32(warp_number() * u32(16) + lane_number() // u32(4)) - BLOCK)
+        last = i32((rows + 1) // 2 - 1)  # rows beyond the last are not stored; they may go anywhere
+        low, high = u64(u32(min(mine, last))), u64(u32(min(i32(mine + 8), last)))
+        return picks_gmem + low * u64(u32(runs)), picks_gmem + high * u64(u32(runs))
 
     @jit
     def pick(picks, run):
-        return get(picks[0] + u64(run)), get(picks[1] + u64(run))
+        return get(picks[0] + u64(u32(run))), get(picks[1] + u64(u32(run)))
 
     def add_quad(i):
         """Columns 2q and 2q + 1 of eight: of the lower row, of the upper row."""

@@ -3,9 +3,6 @@
 Token t of the output is a row of memory, but a thread's sums lie along tokens. A staged token has 16 bytes of padding,
 so that the tokens of a warp fall on different banks. Threads store: the copy engine would take a row at a time, for
 each of which a warp needs some twenty instructions (benchmarks/LOG.md).
-
-Numbers are of 32 bits without a sign where they come from the thread's own: of others, whose range it does not know,
-the compiler divides as Python does, in 64 bits, and a tile's epilogue was mostly that.
 """
 
 from __future__ import annotations
@@ -20,7 +17,7 @@ from ...ptx import barrier, matrix, memory
 from ...ptx.numba_glue import callable_of
 from .store import sequence, write_line
 
-__all__ = ["make_stage_rows", "make_store", "read_thread"]
+__all__ = ["make_stage_rows", "make_store"]
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
 
@@ -28,13 +25,6 @@ jit = cuda.jit(device=True, forceinline=True)
 
 _sync = callable_of(barrier.named_barrier(128))
 _read, _write = callable_of(memory.load("shared", "u32", 4)), callable_of(memory.store("global", "u32", 4))
-_read_thread = callable_of(memory.read_again("tid.x"))
-
-
-@jit
-def read_thread():
-    """Number of the thread, read anew: what hangs on it takes no registers during the products."""
-    return u32(_read_thread() & u32(1023))
 
 
 def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., None]]) -> Callable[..., None]:
@@ -86,8 +76,8 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
 
 
 def _make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., None]:
-    """``y[token + t, first + m] = staged[t, m]`` for t before ``left``: 16 bytes a thread where they lie at multiples of
-    16, else less.
+    """``y[token + t, first + m] = staged[t, m]`` for t before ``left``: 16 bytes a thread where they lie at multiples
+    of 16, else less.
     """
     PIECES = outputs // 8  # of a token
     LINES = 128 // PIECES  # tokens at a time
@@ -122,7 +112,9 @@ def _make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., Non
     return send
 
 
-def make_stage_rows(cfg: Any, words: Sequence[Callable[..., Any]], block: int = 0) -> Callable[[int], Callable[..., None]]:
+def make_stage_rows(
+    cfg: Any, words: Sequence[Callable[..., Any]], block: int = 0
+) -> Callable[[int], Callable[..., None]]:
     """``stage_of`` for one or two rows of a thread, each with two neighbouring tokens in every eight.
 
     ``words[h](acc, i, extra)`` are those two, packed, of the sums from ``i`` on. ``stmatrix.trans`` turns 8×8 pieces;

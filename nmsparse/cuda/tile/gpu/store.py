@@ -10,6 +10,7 @@ from numba.cuda import types
 
 from ...ptx import barrier, memory
 from ...ptx.numba_glue import callable_of
+from .numbers import cta_number, read_thread
 
 u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
 
@@ -77,7 +78,6 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     sync = callable_of(barrier.named_barrier(128))
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
-    thread_again = callable_of(memory.read_again("tid.x"))
 
     def put_quad(i):
         @jit
@@ -103,37 +103,33 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def slot_of(block, thread):
         """Number of this warpgroup's partial sums in CTA ``block``."""
-        return i32(block * WARPGROUPS + (thread // 128 - 1))
+        return u32(block * u32(WARPGROUPS) + thread // u32(128) - u32(1))
 
     @jit
     def address(partial_gmem, slot, thread):
-        return partial_gmem + u64(slot) * u64(QUADS * 2048) + u64(thread % 128 * 16)
+        return partial_gmem + u64(slot) * u64(QUADS * 2048) + u64(u32(thread % u32(128) * u32(16)))
 
     @jit
     def store_partial(acc, partial_gmem, flag_gmem):
-        thread = i32(thread_again())
-        slot = slot_of(i32(cuda.blockIdx.x), thread)
+        thread = read_thread()
+        slot = slot_of(cta_number(), thread)
         put_all(acc, address(partial_gmem, slot, thread))
-        sync(u32(thread // 128))  # what the others wrote is released with the flag
-        if thread % 128 == 0:
-            release(flag_gmem + u64(slot * 4), 1)
+        sync(u32(thread // u32(128)))  # what the others wrote is released with the flag
+        if thread % u32(128) == 0:
+            release(flag_gmem + u64(slot) * u64(4), 1)
 
     @jit
     def add_partials(acc, partial_gmem, flag_gmem, split, parts):
         # Each thread waits for the flag of one peer, so the waits overlap; the sums are added in the order of k.
-        thread, block = i32(thread_again()), i32(cuda.blockIdx.x)
-        part = i32(1 + thread % 128)
-        while part < parts:
-            flag = flag_gmem + u64(slot_of(i32(block + part * split * CLUSTER), thread) * 4)
+        thread, block = read_thread(), cta_number()
+        for part in range(i32(1) + i32(thread % u32(128)), i32(parts), i32(128)):
+            flag = flag_gmem + u64(slot_of(u32(block + u32(part * split * CLUSTER)), thread)) * u64(4)
             while acquire(flag) == 0:
                 pass
             release(flag, 0)
-            part = i32(part + 128)
-        sync(u32(thread // 128))
-        part = i32(1)
-        while part < parts:
-            add_all(acc, address(partial_gmem, slot_of(i32(block + part * split * CLUSTER), thread), thread))
-            part = i32(part + 1)
+        sync(u32(thread // u32(128)))
+        for part in range(i32(1), i32(parts)):
+            add_all(acc, address(partial_gmem, slot_of(u32(block + u32(part * split * CLUSTER)), thread), thread))
 
     return {"store_partial": store_partial, "add_partials": add_partials}
 
