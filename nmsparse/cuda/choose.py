@@ -31,15 +31,15 @@ class Device:
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
     feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 45e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 66e9  # and with that of two, which holds more
-    reread: float = 28e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
-    reread_16: float = 2.2e12  # the same of more than eight tokens, which take twice the registers
-    start: float = 1.84e-6  # launch of the kernel for few tokens
-    launch: float = 2.7e-6  # launch of a pipelined kernel, until its ring is filled
-    exchange: float = 1.1e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.4e-6  # for each part of a tile
-    exchange_feed: float = 60e9  # bytes/s of the partial sums of a CTA
+    stream: float = 62e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 82e9  # and with that of two, which holds more
+    reread: float = 29.5e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
+    reread_16: float = 5.2e12  # the same of more than eight tokens, which take twice the registers
+    start: float = 1.98e-6  # launch of the kernel for few tokens
+    launch: float = 1.5e-6  # launch of a pipelined kernel, until its ring is filled
+    exchange: float = 1.5e-6  # of partial sums between CTAs, besides the bytes
+    exchange_part: float = 0.33e-6  # for each part of a tile
+    exchange_feed: float = 56e9  # bytes/s of the partial sums of a CTA
 
     @property
     def hopper(self) -> bool:
@@ -70,12 +70,12 @@ class Device:
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((96, 2400e12), (64, 1222e12))
 STEP = 0.035e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
-GEMV_SAMOYEDS = {8: 3.3e12, 16: 3.9e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
-REREAD_SAMOYEDS = 4.5e12  # bytes/s of tokens, of this kernel
-COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
-ROUND = 0.5e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-WAVE = 1e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-ADD = 0.02e-6  # seconds for the sums of a warp
+GEMV_SAMOYEDS = {8: 2.9e12, 16: 4.2e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
+REREAD_SAMOYEDS = 5.4e12  # bytes/s of tokens, of this kernel
+COPIED = 1.08  # how much more the copy engine gets from the memory than loads do
+ROUND = 0.54e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+WAVE = 0.6e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
+ADD = 0.0145e-6  # seconds for the sums of a warp
 EPILOGUE = 1.8e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
 POWER = 0.2  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12

@@ -259,8 +259,8 @@ class GemvConfig:
 
 # The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
 # for five slots. Clusters of CTAs, which fetch their tokens once for all, are not among them: they wait for each other,
-# which costs more than it saves (benchmarks/LOG.md). Small tiles stream the weights once and keep as much of them as
-# possible under way; they do not stay in the L2 cache.
+# which costs more than it saves (benchmarks/LOG.md). Small tiles stream the weights once, which do not stay in the L2
+# cache; about 100 KB of an SM under way reach the memory's bandwidth, and twice as much lose a few percent of it.
 SHIPPED = (
     GemmConfig(group=16),
     GemmConfig(tile_t=192, stages=6),
@@ -271,18 +271,18 @@ SHIPPED = (
         for warpgroups, tile_t, stages in (
             (2, 64, 6),
             (2, 32, 8),
-            (2, 16, 9),
-            (2, 8, 10),
+            (2, 16, 7),
+            (2, 8, 6),
             (1, 64, 8),
-            (1, 32, 12),
-            (1, 16, 14),
-            (1, 8, 16),
+            (1, 32, 8),
+            (1, 16, 9),
+            (1, 8, 8),
         )
     ),
 )
 
 # Samoyeds: half of the sums are those of the even rows, so 192 tokens at most. Steps of 128 columns where runs are as
-# long: each ends with a wait. A deep ring for few tokens, one consumer where two would leave SMs without a tile.
+# long: each ends with a wait. One consumer where two would leave SMs without a tile.
 SHIPPED_SAMOYEDS = tuple(
     GemmConfig(
         pairs=True,
@@ -291,11 +291,22 @@ SHIPPED_SAMOYEDS = tuple(
         tile_k=tile_k,
         group=8 if tile_t > 64 else 16,
         weights_hint="evict_first" if tile_t <= 64 else None,
-    ).deepest()
+    ).deepest(stages * 128 // tile_k)
     for tile_k in (128, 64)
-    for warpgroups in (2, 1)
-    for tile_t in (192, 176, 128, 96, 64, 32, 16, 8)
-    if warpgroups == 2 or tile_t <= 64
+    for warpgroups, tile_t, stages in (
+        (2, 192, 12),
+        (2, 176, 12),
+        (2, 128, 12),
+        (2, 96, 12),
+        (2, 64, 4),
+        (2, 32, 4),
+        (2, 16, 5),
+        (2, 8, 4),
+        (1, 64, 6),
+        (1, 32, 8),
+        (1, 16, 7),
+        (1, 8, 8),
+    )
 )
 
 # For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM; sixteen warps with
