@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import replace
 from itertools import cycle
 
 import pytest
 from kernel_texts import opcodes_of
-from machine_code import assert_overlaps
+from machine_code import assert_overlaps, disassembled
 
 from nmsparse.cuda import launch
 from nmsparse.cuda.config import SHIPPED, SHIPPED_SAMOYEDS, GemmConfig
@@ -119,6 +120,10 @@ def test_registers_and_machine_code(cfg, tmp_path):
     step = (4 if dense else 2) * cfg.blocks * cfg.tile_k // BLOCK
     assert products == families["HGMMA"] and products % step == 0
     copies = products // step  # of the loop's body
+    # wgmma reads its metadata when it runs, and the group before may still run: each group has registers of its own.
+    metadata = re.findall(r"HGMMA\.SP\S+ R\d+, .*?, (R\d+), 0x0", disassembled(cubin.code, tmp_path))
+    assert len(metadata) == (0 if dense else products)
+    assert dense or cfg.pairs or (len(set(metadata)) == products and copies > 1), f"shared metadata: {metadata}"
     waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)
     loops = 2 if getattr(cfg, "few", cfg.tile_t) < cfg.tile_t else 1  # of a whole tile, of one with few tokens
     if cfg.pairs:

@@ -40,7 +40,7 @@ MUTANTS = [
     Mutant(
         "released one turn too early", "release(ring, turn - 1)", "release(ring, turn)", KernelError, "while the wgmma"
     ),
-    Mutant("released one turn too late", "if step > first", "if step >= first", KernelError, "expected 0 or more"),
+    Mutant("released one turn too late", "if step > 0", "if step >= 0", KernelError, "expected 0 or more"),
     Mutant(
         "released twice",
         FINAL_RELEASE,
@@ -140,9 +140,10 @@ MUTANTS = [
         KernelError,
         r"touches sums in flight",
     ),
-    Mutant("sums that nobody has begun", "turn, step > first)", "turn, True)", AssertionError, "nan"),
-    Mutant("sums of the last piece kept", "turn, step > first)", "turn, index > 0 or step > first)", *WRONG),
-    Mutant("sums begun in each step", "turn, step > first)", "turn, False)", *WRONG),
+    Mutant("sums that nobody has begun", "turn, step)", "turn, step + 2)", AssertionError, "nan"),
+    Mutant("sums of the last piece kept", "turn, step)", "turn, step + 2 * index)", *WRONG),
+    Mutant("sums begun in every second step", "turn, step)", "turn, step % 2)", *WRONG),
+    Mutant("one set of metadata", "turn, step)", "turn, 2 * step)", KernelError, "overwrites metadata that the wgmma"),
     Mutant("partial sums not added", "if last < steps", "if False", *WRONG),
     Mutant(
         "partial sums not stored",

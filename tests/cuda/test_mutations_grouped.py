@@ -47,9 +47,9 @@ RUNS = [
 
 
 # What both texts say about runs, at their depth.
-def common(depth, keep, case):
+def common(depth, before, case):
     indent = " " * depth
-    deep = replace(case, cfg=replace(case.cfg, stages=5))  # a run fits into the ring
+    deep = replace(case, cfg=replace(case.cfg, stages=5), v=case.cfg.tile_k)  # a run is a step
     wait = f"tile.wait_wgmma()\n{indent}"
     return [
         ("run ended a step late", END, "left < 0 and step <", *WRONG),
@@ -58,8 +58,8 @@ def common(depth, keep, case):
         ("runs not counted", "following, run + 1, run_steps", "following, run, run_steps", *WRONG),
         ("steps of a run not counted anew", "following, run + 1, run_steps", "following, run + 1, left", *WRONG),
         ("the owner of a run forgotten", "odd, run, left = following,", "odd, run, left = odd,", *WRONG),
-        ("sums begun in each step", f"turn, {keep})\n{indent}{wait}", f"turn, False)\n{indent}{wait}", *WRONG),
-        ("sums undefined at first", f"turn, {keep})\n{indent}{wait}", f"turn, True)\n{indent}{wait}", *NAN),
+        ("sums begun in each step", f"turn, {before})\n{indent}{wait}", f"turn, 0)\n{indent}{wait}", *WRONG),
+        ("sums undefined at first", f"turn, {before})\n{indent}{wait}", f"turn, 1)\n{indent}{wait}", *NAN),
         ("picks of the same run", PICK, PICK.replace("run + 1", "run"), *WRONG),
         (
             "picks beyond the last run",
@@ -181,8 +181,8 @@ OF_GROUPED = [
 
 def mutants():
     for case, lists in (
-        (SAMOYEDS, (RUNS, common(20, "step > first", SAMOYEDS), OF_SAMOYEDS)),
-        (GROUPED, (common(12, "step > 0", GROUPED), OF_GROUPED)),
+        (SAMOYEDS, (RUNS, common(20, "step - first", SAMOYEDS), OF_SAMOYEDS)),
+        (GROUPED, (common(12, "step", GROUPED), OF_GROUPED)),
     ):
         for name, old, new, kind, says, *other in (row for rows in lists for row in rows):
             mutant = Mutant(name, old, new, kind, says, *(other or [case]))

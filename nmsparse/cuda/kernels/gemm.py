@@ -44,10 +44,10 @@ def make_gemm(tile: Any, cfg: Any) -> Any:
             for index in range(pieces):
                 number, first, last = tile.piece(index, tiles, split, parts, steps)
                 row, token = tile.place(number, row_tiles, token_tiles)
-                for step in range(first, last):
+                for step in range(last - first):
                     tile.wait_full(ring, turn)
-                    tile.wgmma_sp(acc, ring, turn, step > first)
-                    if step > first:
+                    tile.wgmma_sp(acc, ring, turn, step)
+                    if step > 0:
                         tile.wait_wgmma_but_one()
                         tile.release(ring, turn - 1)
                     turn += 1

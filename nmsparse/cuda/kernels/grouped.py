@@ -72,7 +72,7 @@ def _runs(tile: Any, multiply: Any) -> Any:
         odd, following = tile.pick(picks, 0), tile.pick(picks, min(1, runs - 1))
         for step in range(steps):
             tile.wait_full(ring, turn)
-            multiply(acc, ring, turn, step > 0)
+            multiply(acc, ring, turn, step)
             tile.wait_wgmma()
             tile.release(ring, turn)
             turn += 1
@@ -95,7 +95,7 @@ def _sum(tile: Any, multiply: Any) -> Any:
     def products(acc, ring, turn, picks, steps, run_steps, runs):
         for step in range(steps):
             tile.wait_full(ring, turn)
-            multiply(acc, ring, turn, step > 0)
+            multiply(acc, ring, turn, step)
             if step > 0:
                 tile.wait_wgmma_but_one()
                 tile.release(ring, turn - 1)

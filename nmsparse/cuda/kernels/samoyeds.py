@@ -59,7 +59,7 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                 odd, following = tile.pick(picks, min(run, runs - 1)), tile.pick(picks, min(run + 1, runs - 1))
                 for step in range(first, last):
                     tile.wait_full(ring, turn)
-                    tile.wgmma_sp(acc, ring, turn, step > first)
+                    tile.wgmma_sp(acc, ring, turn, step - first)
                     tile.wait_wgmma()
                     tile.release(ring, turn)
                     turn += 1

@@ -63,8 +63,9 @@ warpgroup, or *all*.
 
 ``accumulator()`` : consumer
     ``acc``, undefined.
-``wgmma_sp(acc, ring, turn, keep)`` : consumer
-    Starts ``acc = (acc if keep else 0) + weights[slot] @ tokens[slot].T`` as one asynchronous group.
+``wgmma_sp(acc, ring, turn, before)`` : consumer
+    Starts ``acc = (acc if before else 0) + weights[slot] @ tokens[slot].T`` as one asynchronous group, ``before`` steps
+    after the first. Metadata stay in registers while it runs: of 2:4 in those of even or of odd steps.
 ``wait_wgmma_but_one()`` : consumer
     Until all groups but the newest are done.
 ``wait_wgmma()`` : consumer
@@ -143,9 +144,9 @@ begins; tiles count from there. With ``gather``, the token of a position s is ``
     gather, and are elected for it: ``full[slot]`` counts an arrival of each when its copies have landed.
 ``picks(picks_gmem, expert, row, rows, runs)`` : consumer
     As above, in ``picks_gmem`` ``(experts, rows, runs)``.
-``multiply(acc, ring, turn, keep)`` : consumer
+``multiply(acc, ring, turn, before)`` : consumer
     ``wgmma_sp``, or ``wgmma`` of dense weights.
-``multiply_few(acc, ring, turn, keep)`` : consumer
+``multiply_few(acc, ring, turn, before)`` : consumer
     The same with the first TT/2 tokens of the slot only, from TT = 64 on; the sums of the others are undefined.
 ``store(acc, ring, y_gmem, row, first, end, outputs, pitch)`` : consumer
     ``y[first + t, M + m] = act(acc)[m, t]``, rounded, where M is the consumer's first output, and act of gated weights

@@ -220,7 +220,7 @@ def _dense_word(cfg: Any, number: int) -> Callable[..., Any]:
     """``wgmma`` of a slot with its first ``number`` tokens, into the first sums."""
     dtype, step_blocks = DTYPES[cfg.dtype], cfg.tile_k // BLOCK
 
-    def multiply(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
+    def multiply(role: Role, acc: Accumulator, ring: Ring, turn: int, before: int) -> None:
         slot = slot_to_multiply(cfg, role, ring, turn)
         tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         weights = ring.memory[slot, cfg.token_bytes : cfg.token_bytes + cfg.warpgroups * cfg.weight_bytes]
@@ -228,7 +228,7 @@ def _dense_word(cfg: Any, number: int) -> Callable[..., Any]:
 
         def product() -> None:
             sums = acc.sums[:, : number // 2]
-            if not keep:
+            if before == 0:
                 sums[:] = 0
             for j in range(step_blocks):
                 add_to_registers(sums, dense_product(tokens[j], mine[j], dtype))

@@ -45,13 +45,15 @@ class Accumulator:
 class Group:
     """A committed group of ``wgmma``: what it adds to, the slot it reads, and ``finish``, which does both.
 
-    The hardware reads operands at any time before a wait returns; ``finish`` is called at the latest.
+    The hardware reads operands at any time before a wait returns; ``finish`` is called at the latest. So it does with
+    the registers of the metadata, of which there is a set for even and one for odd steps (``registers``).
     """
 
     acc: Accumulator
     slot: int
     turn: int
     finish: Callable[[], None]
+    registers: int = -1
 
 
 @dataclass(eq=False)

@@ -185,23 +185,26 @@ def sparse_word(cfg: Any, number: int) -> Callable[..., None]:
         mine = role.cta.ring.memory[slot, at : at + cfg.blocks * cfg.weight_bytes]
         return mine.reshape(cfg.blocks, step_blocks, BLOCK_BYTES)
 
-    def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int, keep: bool) -> None:
+    def wgmma_sp(role: Role, acc: Accumulator, ring: Ring, turn: int, before: int) -> None:
         slot = slot_to_multiply(cfg, role, ring, turn)
         tokens = ring.memory[slot, : cfg.token_bytes].reshape(step_blocks, cfg.tile_t, ROW_BYTES)[:, :number]
         blocks = packed(role, slot)
-        metadata = metadata_registers(blocks)
+        metadata, registers = metadata_registers(blocks), 0 if cfg.pairs else before % 2
+        for group in role.groups:
+            clash = group.registers == registers
+            role.require(not clash, f"overwrites metadata that the wgmma group of turn {group.turn} may still read")
 
         def multiply() -> None:
             for i in range(cfg.blocks):
                 sums = acc.sums[:, i * block_sums : i * block_sums + number // 2]
-                if not keep:
+                if before == 0:
                     sums[:] = 0
                 for j in range(step_blocks):
                     for half in (0, 1):
                         d = sparse_product(tokens[j], blocks[i, j], metadata[i, j, half], half, dtype)
                         add_to_registers(sums, d)
 
-        role.groups.append(Group(acc, slot, turn, multiply))
+        role.groups.append(Group(acc, slot, turn, multiply, registers))
 
     return wgmma_sp
 

@@ -267,7 +267,7 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     fence, commit = callable_of(wgmma.fence), callable_of(wgmma.commit)
     metadata = callable_of(memory.load("shared", "u32", 2))
 
-    meta_registers = registers(2 * STEP * BLOCKS, "u32")
+    meta_registers, even_registers, odd_registers = (registers(2 * STEP * BLOCKS, "u32") for _ in range(3))
 
     def load_meta(i, j):
         @jit
@@ -294,17 +294,28 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     multiply_all = sequence([step_of(i, j) for j in range(STEP) for i in range(BLOCKS)])
 
     @jit
-    def wgmma_sp(acc, ring, turn, keep):
+    def product(acc, meta, ring, turn, keep):
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
         weights = slot + TOKENS + (thread_number() // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
         word = (warp_number() % u32(4) * u32(16) + lane_number() // u32(4) * u32(2) + lane_number() % u32(2)) * u32(8)
         # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
         a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
         b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR
-        meta = meta_registers()
         load_all(meta, u32(weights + u32(VALUE_BYTES) + word))
         fence()
         multiply_all(acc, meta, a, b, keep)
         commit()
 
-    return wgmma_sp
+    @jit
+    def one_by_one(acc, ring, turn, before):
+        product(acc, meta_registers(), ring, turn, before > 0)
+
+    @jit
+    def two_under_way(acc, ring, turn, before):
+        # wgmma reads its metadata when it runs, not when it is issued: while it may run, its registers are left alone.
+        if before % 2 == 0:
+            product(acc, even_registers(), ring, turn, before > 0)
+        else:
+            product(acc, odd_registers(), ring, turn, True)
+
+    return one_by_one if cfg.pairs else two_under_way

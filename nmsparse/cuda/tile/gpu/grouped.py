@@ -277,12 +277,12 @@ def _dense_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     multiply_all = sequence([columns_of(j) for j in range(STEP)])
 
     @jit
-    def multiply(acc, ring, turn, keep):
+    def multiply(acc, ring, turn, before):
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
         weights = slot + u32(TOKENS) + (thread_number() // u32(128) - u32(1)) * u32(BLOCK * 128)
         a, b = u64(weights >> u32(4)) | DESCRIPTOR, u64(slot >> u32(4)) | DESCRIPTOR
         fence()
-        multiply_all(acc, a, b, keep)
+        multiply_all(acc, a, b, before > 0)
         commit()
 
     return multiply
