@@ -28,6 +28,7 @@ TOKENS = "tile.load_tokens(ring, turn, x_gmem, token, step)"
 FILL = """tile.expect(ring, turn, row, rows)
                         tile.load_tokens(ring, turn, x_gmem, token, step)
                         tile.load_weights(ring, turn, w_gmem, row, step, rows, k_blocks)"""
+RELEASE_EVEN = "tile.release(ring, turn - 1)\n                        turn += 1"
 FINAL_RELEASE = "tile.release(ring, turn - 1)\n                if"
 FINAL_WAIT = "tile.wait_wgmma()\n                "
 STORE = "tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)"
@@ -49,9 +50,16 @@ MUTANTS = [
         "but has released",
     ),
     Mutant(
-        "never released in the loop",
+        "odd steps never released",
         "tile.release(ring, turn - 1)",
         "pass",
+        Deadlock,
+        r"producer of CTA 0 waits for turn 3: parity 0 of empty\[1\]",
+    ),
+    Mutant(
+        "even steps never released",
+        RELEASE_EVEN,
+        RELEASE_EVEN.replace("tile.release(ring, turn - 1)", "pass"),
         Deadlock,
         r"producer of CTA 0 waits for turn 2: parity 0 of empty\[0\]",
     ),
@@ -119,8 +127,8 @@ MUTANTS = [
     Mutant("weights beyond the last", "w_gmem, row, step", "w_gmem, row, step + steps", KernelError, "not among the"),
     Mutant(
         "multiplies the previous slot",
-        "wgmma_sp(acc, ring, turn,",
-        "wgmma_sp(acc, ring, max(turn - 1, 0),",
+        "wgmma_sp(acc, ring, turn, step + 1)",
+        "wgmma_sp(acc, ring, turn - 1, step + 1)",
         KernelError,
         "while the wgmma group of turn 0 reads",
     ),
@@ -143,7 +151,9 @@ MUTANTS = [
     Mutant("sums that nobody has begun", "turn, step)", "turn, step + 2)", AssertionError, "nan"),
     Mutant("sums of the last piece kept", "turn, step)", "turn, step + 2 * index)", *WRONG),
     Mutant("sums begun in every second step", "turn, step)", "turn, step % 2)", *WRONG),
-    Mutant("one set of metadata", "turn, step)", "turn, 2 * step)", KernelError, "overwrites metadata that the wgmma"),
+    Mutant(
+        "one set of metadata", "turn, step + 1)", "turn, step + 2)", KernelError, "overwrites metadata that the wgmma"
+    ),
     Mutant("partial sums not added", "if last < steps", "if False", *WRONG),
     Mutant(
         "partial sums not stored",

@@ -33,8 +33,7 @@ WRONG = AssertionError, "Not equal to tolerance"
 NAN = AssertionError, "nan"
 
 PICK = "following = tile.pick(picks, min(run + 1, runs - 1))"
-FIRST = "odd, following = tile.pick(picks, min(run, runs - 1))"
-FOLLOWING = "tile.pick(picks, min(run + 1, runs - 1))\n                for step"
+FIRST = "odd = tile.pick(picks, min(run, runs - 1))"
 RELEASE = "tile.release(ring, turn)"
 END = "left == 0 and step <"
 ADD = "tile.end_run(acc, odd, following)"
@@ -58,8 +57,8 @@ def common(depth, before, case):
         ("runs not counted", "following, run + 1, run_steps", "following, run, run_steps", *WRONG),
         ("steps of a run not counted anew", "following, run + 1, run_steps", "following, run + 1, left", *WRONG),
         ("the owner of a run forgotten", "odd, run, left = following,", "odd, run, left = odd,", *WRONG),
-        ("sums begun in each step", f"turn, {before})\n{indent}{wait}", f"turn, 0)\n{indent}{wait}", *WRONG),
-        ("sums undefined at first", f"turn, {before})\n{indent}{wait}", f"turn, 1)\n{indent}{wait}", *NAN),
+        ("sums begun in each step", f"turn, {before})", "turn, 0)", *WRONG),
+        ("sums undefined at first", f"turn, {before})", "turn, 1)", *NAN),
         ("picks of the same run", PICK, PICK.replace("run + 1", "run"), *WRONG),
         (
             "picks beyond the last run",
@@ -96,7 +95,7 @@ OF_SAMOYEDS = [
     ("picks of another tile", "tile.picks(picks_gmem, row,", "tile.picks(picks_gmem, 1 - row,", *WRONG),
     ("picks below the last", "picks_gmem, row, rows,", "picks_gmem, row, rows + 2,", KernelError, "sub-row 152: there"),
     ("a part begins with the owner of the first run", FIRST, FIRST.replace("min(run, runs - 1)", "0"), *WRONG),
-    ("a part goes on with the owner of the second run", FOLLOWING, FOLLOWING.replace("run + 1", "1"), *WRONG),
+    ("a part goes on with the owner of the second run", PICK, PICK.replace("run + 1", "1"), *WRONG),
     ("zero for the first piece only", "tile.zero(acc)", "if index == 0: tile.zero(acc)", *WRONG),
     ("partial sums not added", "if last < steps", "if False", *WRONG),
     ("a part stored as the whole", "if first > 0", "if False", Deadlock, "waits for partial sums"),
@@ -126,7 +125,7 @@ OF_GROUPED = [
     ("weights of another row tile", WEIGHTS, WEIGHTS.replace("row,", "0,"), *WRONG),
     ("weights with another pitch", WEIGHTS, WEIGHTS.replace("row_blocks", "row_blocks - 1"), *NAN),
     ("picks of one expert", "picks_gmem, expert,", "picks_gmem, 0,", *WRONG),
-    ("the first run goes on with its own owner", "tile.pick(picks, min(1, runs - 1))", "tile.pick(picks, 0)", *WRONG),
+    ("the first run has the owner of the second", "odd = tile.pick(picks, 0)", "odd = tile.pick(picks, 1)", *WRONG),
     ("picks of the first tile", "expert, row, rows, runs", "expert, 0, rows, runs", *WRONG),
     ("few tokens of every tile", "end - first <= FEW", "True", AssertionError, "nan|Not equal", LARGE),
     ("few tokens of a fuller tile", "<= FEW", "<= FEW + 8", AssertionError, "nan|Not equal", LARGE),

@@ -16,6 +16,9 @@ def make_gemm(tile: Any, cfg: Any) -> Any:
     others consume: each multiplies its rows of W with the slot's tokens and holds the sums in registers. A slot is
     *full* when its bytes have arrived and *empty* when all consumers are done with it. Persistent CTAs walk through
     the pieces of :mod:`~nmsparse.cuda.schedule`; while sums are stored, the ring already fills for the next piece.
+
+    Products of two steps are under way. ``wgmma`` reads its metadata when it runs, so those of even and of odd steps
+    are in registers of their own; that is why a round of the loop is two steps.
     """
 
     def gemm(w_gmem, x_gmem, y_gmem, bias_gmem, partial_gmem, flag_gmem, rows, tokens, pitch, k_blocks, split, parts):
@@ -44,13 +47,19 @@ def make_gemm(tile: Any, cfg: Any) -> Any:
             for index in range(pieces):
                 number, first, last = tile.piece(index, tiles, split, parts, steps)
                 row, token = tile.place(number, row_tiles, token_tiles)
-                for step in range(last - first):
+                for step in range(0, last - first, 2):
                     tile.wait_full(ring, turn)
                     tile.wgmma_sp(acc, ring, turn, step)
                     if step > 0:
                         tile.wait_wgmma_but_one()
                         tile.release(ring, turn - 1)
                     turn += 1
+                    if step + 1 < last - first:
+                        tile.wait_full(ring, turn)
+                        tile.wgmma_sp(acc, ring, turn, step + 1)
+                        tile.wait_wgmma_but_one()
+                        tile.release(ring, turn - 1)
+                        turn += 1
                 tile.wait_wgmma()
                 tile.release(ring, turn - 1)
                 if first > 0:

@@ -69,10 +69,11 @@ def _runs(tile: Any, multiply: Any) -> Any:
     @tile.inline
     def products(acc, ring, turn, picks, steps, run_steps, runs):
         run, left = 0, run_steps
-        odd, following = tile.pick(picks, 0), tile.pick(picks, min(1, runs - 1))
+        odd = tile.pick(picks, 0)
         for step in range(steps):
             tile.wait_full(ring, turn)
             multiply(acc, ring, turn, step)
+            following = tile.pick(picks, min(run + 1, runs - 1))  # arrives while the products run
             tile.wait_wgmma()
             tile.release(ring, turn)
             turn += 1
@@ -80,7 +81,6 @@ def _runs(tile: Any, multiply: Any) -> Any:
             if left == 0 and step < steps - 1:
                 tile.end_run(acc, odd, following)
                 odd, run, left = following, run + 1, run_steps
-                following = tile.pick(picks, min(run + 1, runs - 1))  # a run ahead; padding may go beyond
         tile.end_runs(acc, odd)
         return turn
 
@@ -88,18 +88,24 @@ def _runs(tile: Any, multiply: Any) -> Any:
 
 
 def _sum(tile: Any, multiply: Any) -> Any:
-    """The sums of a tile of other weights by ``multiply``, the products of two steps under way; returns the turn after
-    its last."""
+    """The sums of a tile of other weights by ``multiply``, the products of two steps under way, which have registers of
+    their own for metadata; returns the turn after its last."""
 
     @tile.inline
     def products(acc, ring, turn, picks, steps, run_steps, runs):
-        for step in range(steps):
+        for step in range(0, steps, 2):
             tile.wait_full(ring, turn)
             multiply(acc, ring, turn, step)
             if step > 0:
                 tile.wait_wgmma_but_one()
                 tile.release(ring, turn - 1)
             turn += 1
+            if step + 1 < steps:
+                tile.wait_full(ring, turn)
+                multiply(acc, ring, turn, step + 1)
+                tile.wait_wgmma_but_one()
+                tile.release(ring, turn - 1)
+                turn += 1
         tile.wait_wgmma()
         tile.release(ring, turn - 1)
         return turn

@@ -56,10 +56,11 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                 tile.zero(acc)
                 picks = tile.picks(picks_gmem, row, rows, runs)
                 run, left = tile.run_of(first, run_steps)
-                odd, following = tile.pick(picks, min(run, runs - 1)), tile.pick(picks, min(run + 1, runs - 1))
+                odd = tile.pick(picks, min(run, runs - 1))  # padding may go beyond the last
                 for step in range(first, last):
                     tile.wait_full(ring, turn)
                     tile.wgmma_sp(acc, ring, turn, step - first)
+                    following = tile.pick(picks, min(run + 1, runs - 1))  # arrives while the products run
                     tile.wait_wgmma()
                     tile.release(ring, turn)
                     turn += 1
@@ -67,7 +68,6 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                     if left == 0 and step < last - 1:
                         tile.end_run(acc, odd, following)
                         odd, run, left = following, run + 1, run_steps
-                        following = tile.pick(picks, min(run + 1, runs - 1))  # a run ahead; padding may go beyond
                 tile.end_runs(acc, odd)
                 if first > 0:
                     tile.store_partial(acc, partial_gmem, flag_gmem)
