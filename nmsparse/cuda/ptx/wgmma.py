@@ -19,6 +19,8 @@ def wgmma_sp(n: int, dtype: str, *, a_registers: bool = False) -> Instruction:
     """``m64nNk32``, A 2:4. Inputs: A (a descriptor, or 4 registers), the descriptor of B, metadata, and whether D is
     kept (0 overwrites it).
 
+    The metadata are read when the product runs, as the ISA says of A in registers: not to be overwritten before a wait.
+
     >>> wgmma_sp(8, "f16").text.split()[0]
     '{'
     """
