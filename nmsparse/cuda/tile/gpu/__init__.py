@@ -267,7 +267,7 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     fence, commit = callable_of(wgmma.fence), callable_of(wgmma.commit)
     metadata = callable_of(memory.load("shared", "u32", 2))
 
-    meta_registers, even_registers, odd_registers = (registers(2 * STEP * BLOCKS, "u32") for _ in range(3))
+    meta_registers, odd_registers = (registers(2 * STEP * BLOCKS, "u32") for _ in range(2))
 
     def load_meta(i, j):
         @jit
@@ -314,7 +314,7 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
     def two_under_way(acc, ring, turn, before):
         # wgmma reads its metadata when it runs, not when it is issued: while it may run, its registers are left alone.
         if before % 2 == 0:
-            product(acc, even_registers(), ring, turn, before > 0)
+            product(acc, meta_registers(), ring, turn, before > 0)
         else:
             product(acc, odd_registers(), ring, turn, True)
 
