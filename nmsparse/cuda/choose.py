@@ -134,8 +134,8 @@ class Plan:
     def describe(self) -> str:
         """In a few words.
 
-        >>> choose(Problem(4096, 16, 14336)).describe()
-        'gemm 64x16x128, 128 CTAs, 64 tiles in 2 parts'
+        >>> choose(Problem(4096, 64, 14336)).describe()
+        'gemm 64x64x128, 128 CTAs, 64 tiles in 2 parts'
         """
         shape = f"{self.config.name}, {self.blocks} CTAs"
         return f"{shape}, {self.split} tiles in {self.parts} parts" if self.split else shape
