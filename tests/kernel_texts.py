@@ -5,10 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
-
-from machine_code import disassembled
 
 
 def mistaken(module: Any, maker: str, *edits: tuple[str, str]) -> Any:
@@ -32,8 +29,7 @@ def assert_same_words(on_cpu: dict[str, Any], on_gpu: dict[str, Any]) -> None:
             assert [argument.name for argument in arguments] == list(inspect.signature(on_cpu[word]).parameters), word
 
 
-def opcodes_of(cubin: Any, folder: Path) -> tuple[list[str], Counter[str]]:
-    """Opcodes of the machine code in order, and how many there are of each family; skips without nvdisasm."""
-    text = disassembled(cubin.code, folder)
+def opcodes_of(text: str) -> tuple[list[str], Counter[str]]:
+    """Opcodes of disassembled machine code in order, and how many there are of each family."""
     opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, flags=re.M)
     return opcodes, Counter(opcode.split(".")[0] for opcode in opcodes)

@@ -80,7 +80,7 @@ def place(tile, row_tiles, token_tiles, group):
     >>> [place(t, 3, 2, 2) for t in range(6)]
     [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (2, 1)]
     """
-    if token_tiles == 1:
+    if token_tiles == 1:  # few tokens again
         return tile, 0
     band = divide(tile, group * token_tiles)
     inside = tile - band * group * token_tiles

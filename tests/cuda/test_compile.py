@@ -111,7 +111,8 @@ def test_registers_and_machine_code(cfg, tmp_path):
     # What ptxas reports is the launch's share; setmaxnreg changes it later.
     assert used["registers"] <= 65536 // cfg.threads // 8 * 8
 
-    opcodes, families = opcodes_of(cubin, tmp_path)
+    code = disassembled(cubin.code, tmp_path)
+    opcodes, families = opcodes_of(code)
     assert_overlaps(" ".join(opcodes), isinstance(cfg, GroupedConfig))
     assert not expected(cfg) - set(families), f"expected {expected(cfg)} among {sorted(families)}"
     assert not {"LDL", "STL"} & set(families), "sums in local memory"
@@ -121,7 +122,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     assert products == families["HGMMA"] and products % step == 0
     copies = products // step  # of the loop's body
     # wgmma reads its metadata when it runs, and the group before may still run: each group has registers of its own.
-    metadata = re.findall(r"HGMMA\.SP\S+ R\d+, .*?, (R\d+), 0x0", disassembled(cubin.code, tmp_path))
+    metadata = re.findall(r"HGMMA\.SP\S+ R\d+, .*?, (R\d+), 0x0", code)
     assert len(metadata) == (0 if dense else products)
     assert dense or cfg.pairs or (len(set(metadata)) == products and copies > 1), f"shared metadata: {metadata}"
     waits = sum(opcode.startswith("WARPGROUP.DEPBAR") for opcode in opcodes)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken, opcodes_of
+from machine_code import disassembled
 
 from nmsparse import NMArray, SamoyedsArray, VNMArray
 from nmsparse.cuda import config_mma
@@ -313,7 +314,7 @@ def test_registers_and_machine_code(cfg, arch, tmp_path):
     used = cubin.resources()
     assert (used["spill_stores"], used["spill_loads"], used["stack"]) == (0, 0, 0)
 
-    opcodes, families = opcodes_of(cubin, tmp_path)
+    opcodes, families = opcodes_of(disassembled(cubin.code, tmp_path))
     high, wide = cfg.atoms
     assert sum(opcode.startswith("HMMA.SP.16832.F32") for opcode in opcodes) == high * wide * cfg.tile_k // 32
     assert families["LDSM"] == (high + wide) * cfg.tile_k // 32

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken, opcodes_of
-from machine_code import assert_overlaps
+from machine_code import assert_overlaps, disassembled
 
 import nmsparse
 from nmsparse import reference
@@ -218,7 +218,7 @@ def test_registers_and_machine_code(cfg, tmp_path):
     used = cubin.resources()
     assert used["spill_stores"] == used["spill_loads"] == used["stack"] == 0
     assert used["registers"] * cfg.threads * cfg.ctas <= 65536
-    opcodes, families = opcodes_of(cubin, tmp_path)
+    opcodes, families = opcodes_of(disassembled(cubin.code, tmp_path))
     assert sum(opcode.startswith("HMMA.SP.16832.F32") for opcode in opcodes) == 2 * cfg.batch
     assert not {"LDL", "STL"} & set(families)
     assert_overlaps(" ".join(opcodes))

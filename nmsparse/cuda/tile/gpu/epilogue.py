@@ -11,7 +11,7 @@ from numba.cuda import types
 from ...layout import BLOCK
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
-from .numbers import read_thread
+from .numbers import read_consumer, row_of
 from .staging import make_stage_rows, make_store
 from .store import collect, make_bias, sequence
 
@@ -52,10 +52,9 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
-        number = read_thread()
-        group, thread = u32(number // u32(128)), u32(number % u32(128))
+        group, thread = read_consumer()
         first = i32(row * TILE_M + i32(group - u32(1)) * (BLOCKS * BLOCK))
-        bias = all_biases(bias_gmem, i32(first + i32(thread // u32(32) * u32(16) + thread % u32(32) // u32(4))), rows)
+        bias = all_biases(bias_gmem, i32(first + i32(row_of(thread))), rows)
         store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch)
 
     return {"store": store}

@@ -233,8 +233,8 @@ def _store_words(cfg: Any) -> Words:
 
     @jit
     def store(y_gmem, bias_gmem, slab, rows, tokens, y_pitch):
-        for round in range(-(-OUTPUTS * TILE_T // THREADS)):
-            index = u32(thread_number() + u32(round * THREADS))
+        for i in range(-(-OUTPUTS * TILE_T // THREADS)):
+            index = u32(thread_number() + u32(i * THREADS))
             token, output = u32(index // u32(OUTPUTS)), u32(index % u32(OUTPUTS))
             row = u32(u32(slab) * u32(OUTPUTS) + output)
             if token < TILE_T and i32(token) < tokens and i32(row) < rows:

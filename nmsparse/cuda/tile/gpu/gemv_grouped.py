@@ -88,8 +88,8 @@ def _store_words(cfg: Any) -> Words:
 
     @jit
     def store(y_gmem, slab, first, end, outputs, y_pitch):
-        for round in range(-(-OUTPUTS * TILE_T // THREADS)):
-            index = u32(thread_number() + u32(round * THREADS))
+        for i in range(-(-OUTPUTS * TILE_T // THREADS)):
+            index = u32(thread_number() + u32(i * THREADS))
             token, output = u32(index // u32(OUTPUTS)), u32(index % u32(OUTPUTS))
             row, half = u32(output // u32(SETS)), u32(output % u32(SETS))
             position, neuron = i32(first + i32(token)), i32(slab * OUTPUTS + i32(output))

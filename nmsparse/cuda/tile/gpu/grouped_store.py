@@ -11,9 +11,8 @@ from numba.cuda import types
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
 from .activation import ACTIVATIONS
-from .numbers import read_thread
-from .staging import make_stage_rows, make_store
-from .store import sequence
+from .numbers import read_consumer
+from .staging import make_stage_pairs, make_stage_rows, make_store
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
 
@@ -27,8 +26,7 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def store(acc, ring, y_gmem, row, first, end, outputs, pitch):
-        number = read_thread()
-        group, thread = u32(number // u32(128)), u32(number % u32(128))
+        group, thread = read_consumer()
         mine = i32((row * WARPGROUPS + i32(group - u32(1))) * OUTPUTS)
         store_all(acc, ring, thread, group, 0, y_gmem, mine, outputs, i32(first), i32(end), pitch)
 
@@ -37,43 +35,26 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 def _stage_pairs(cfg: Any) -> Callable[[int], Callable[..., Any]]:
     """Of Samoyeds: a thread holds both outputs of its sub-rows, which are neighbours in a token."""
-    SUMS, PITCH, GATED = cfg.run_sums, cfg.staged_token_bytes, cfg.gated
-    act = ACTIVATIONS[cfg.activation]
-    pack, put = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32"))
+    SUMS, act, pack = cfg.run_sums, ACTIVATIONS[cfg.activation], callable_of(memory.pack(cfg.dtype))
 
-    def tokens(number):
-        """Eight tokens, of which a thread holds two."""
-        BOTH, EVEN = 4 * number, SUMS + 4 * number
+    def row(second):
+        """Both outputs of a sub-row, the lower or the upper."""
+        FIRST = 2 * second
 
         @jit
-        def part(acc, at):
-            for column in range(2):
-                to = u32(at + u32((8 * number + column) * PITCH))
-                a, c = acc[EVEN + column], acc[EVEN + column + 2]
-                b, d = act(acc[BOTH + column] - a), acc[BOTH + column + 2] - c
-                a = act(a)
-                if GATED:
-                    put(to, pack(a * c, b * d))
-                else:
-                    put(to, pack(a, b))
-                    put(u32(to + u32(32)), pack(act(c), act(d)))
+        def word(acc, i, extra):
+            even = acc[SUMS + i + FIRST]
+            return pack(act(even), act(acc[i + FIRST] - even))
 
-        return part
+        return word
 
-    SLAB, EIGHTS = 8 if GATED else 16, cfg.chunk // 8  # pairs of a warp
+    @jit
+    def neuron(acc, i, extra):
+        """Both outputs of a gate's sub-row and of its up row."""
+        gate, up = acc[SUMS + i], acc[SUMS + i + 2]
+        return pack(act(gate) * up, act(acc[i] - gate) * (acc[i + 2] - up))
 
-    def stage_of(first):
-        all_tokens = sequence([tokens(first // 8 + i) for i in range(EIGHTS)])
-
-        @jit
-        def stage(acc, staging, thread, extra):
-            warp, lane = u32(thread // u32(32)), u32(thread % u32(32))
-            pair = u32(warp * u32(SLAB) + lane // u32(4))
-            all_tokens(acc, u32(staging + lane % u32(4) * u32(2 * PITCH) + pair * u32(4)))
-
-        return stage
-
-    return stage_of
+    return make_stage_pairs(cfg, (neuron,) if cfg.gated else (row(0), row(1)))
 
 
 def _stage_rows(cfg: Any) -> Callable[[int], Callable[..., None]]:

@@ -12,7 +12,16 @@ from numba.cuda import types
 from ...ptx import memory
 from ...ptx.numba_glue import callable_of
 
-__all__ = ["cta_count", "cta_number", "lane_number", "read_thread", "thread_number", "warp_number"]
+__all__ = [
+    "cta_count",
+    "cta_number",
+    "lane_number",
+    "read_consumer",
+    "read_thread",
+    "row_of",
+    "thread_number",
+    "warp_number",
+]
 
 u32 = types.uint32
 
@@ -55,3 +64,16 @@ def cta_count():
 def read_thread():
     """Number of the thread, read anew: what hangs on it takes no registers during the products."""
     return u32(_read_thread() & u32(1023))
+
+
+@jit
+def read_consumer():
+    """The thread's warpgroup, of which the consumers' begin at 1, and its number there, read anew."""
+    number = read_thread()
+    return u32(number // u32(128)), u32(number % u32(128))
+
+
+@jit
+def row_of(thread):
+    """The first of the two rows, of 64 for each warpgroup, whose sums ``thread`` holds; the other is 8 further."""
+    return u32(thread // u32(32) * u32(16) + thread % u32(32) // u32(4))

@@ -14,8 +14,8 @@ from ...layout import BLOCK
 from ...ptx import arithmetic, memory
 from ...ptx.numba_glue import callable_of
 from . import consumer_words, place_words, producer_words, ring_words
-from .numbers import lane_number, read_thread, warp_number
-from .staging import make_store
+from .numbers import read_consumer, row_of, thread_number
+from .staging import make_stage_pairs, make_store
 from .store import make_bias, partial_words, sequence
 
 u32, u64, i32, f32 = types.uint32, types.uint64, types.int32, types.float32
@@ -63,7 +63,7 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     @jit
     def picks(picks_gmem, row, rows, runs):
         """Where the choices of this thread's two sub-rows begin."""
-        mine = i32(row * (TILE_M // 2) + i32(warp_number() * u32(16) + lane_number() // u32(4)) - BLOCK)
+        mine = i32(row * (TILE_M // 2) + i32(row_of(thread_number())) - BLOCK)
         last = i32((rows + 1) // 2 - 1)  # rows beyond the last are not stored; they may go anywhere
         low, high = u64(u32(min(mine, last))), u64(u32(min(i32(mine + 8), last)))
         return picks_gmem + low * u64(u32(runs)), picks_gmem + high * u64(u32(runs))
@@ -101,46 +101,30 @@ def run_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """The epilogue: a thread holds both outputs of its sub-rows, which are neighbours in a token of Y."""
-    TILE_M, TILE_T, SUMS, HEIGHT, PITCH = cfg.tile_m, cfg.tile_t, cfg.run_sums, cfg.height, cfg.staged_token_bytes
-    EIGHTS, BIAS = cfg.chunk // 8, cfg.bias
-    pack, put, bias_of = callable_of(memory.pack(cfg.dtype)), callable_of(memory.store("shared", "u32")), make_bias(cfg)
+    TILE_M, TILE_T, SUMS, HEIGHT, BIAS = cfg.tile_m, cfg.tile_t, cfg.run_sums, cfg.height, cfg.bias
+    pack, bias_of = callable_of(memory.pack(cfg.dtype)), make_bias(cfg)
 
-    def stage_token(number, column):
-        """A token's outputs of both sub-rows of a thread, the lower and the upper."""
-        BOTH = 4 * number + column
-        EVEN, OFFSET = SUMS + BOTH, (8 * number + column) * PITCH
+    def row(second):
+        """Both outputs of a sub-row, the lower or the upper."""
+        FIRST = 2 * second
 
         @jit
-        def part(acc, at, bias):
-            a, c = acc[EVEN], acc[EVEN + 2]
-            b, d = acc[BOTH] - a, acc[BOTH + 2] - c
+        def word(acc, i, bias):
+            even = acc[SUMS + i + FIRST]
+            odd = acc[i + FIRST] - even
             if BIAS:
-                a, b, c, d = a + bias[0], b + bias[1], c + bias[2], d + bias[3]
-            put(u32(at + u32(OFFSET)), pack(a, b))
-            put(u32(at + u32(OFFSET + 32)), pack(c, d))
+                even, odd = even + bias[FIRST], odd + bias[FIRST + 1]
+            return pack(even, odd)
 
-        return part
+        return word
 
-    def stage_of(first):
-        numbers = [(first // 8 + i, column) for i in range(EIGHTS) for column in range(2)]
-        all_tokens = sequence([stage_token(*number) for number in numbers])
-
-        @jit
-        def stage(acc, staging, thread, bias):
-            warp, lane = u32(thread // u32(32)), u32(thread % u32(32))
-            sub = u32(warp * u32(16) + lane // u32(4))
-            all_tokens(acc, u32(staging + lane % u32(4) * u32(2 * PITCH) + sub * u32(4)), bias)
-
-        return stage
-
-    store_all = make_store(cfg, HEIGHT, stage_of)
+    store_all = make_store(cfg, HEIGHT, make_stage_pairs(cfg, (row(0), row(1))))
 
     @jit
     def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
-        number = read_thread()
-        group, thread = u32(number // u32(128)), u32(number % u32(128))
+        group, thread = read_consumer()
         first = i32(row * TILE_M + i32(group - u32(1)) * HEIGHT)
-        at = i32(first + i32((thread // u32(32) * u32(16) + thread % u32(32) // u32(4)) * u32(2)))
+        at = i32(first + i32(row_of(thread) * u32(2)))
         bias = (
             bias_of(bias_gmem, at, rows),
             bias_of(bias_gmem, i32(at + 1), rows),

@@ -17,7 +17,7 @@ from ...ptx import barrier, matrix, memory
 from ...ptx.numba_glue import callable_of
 from .store import sequence, write_line
 
-__all__ = ["make_stage_rows", "make_store"]
+__all__ = ["make_stage_pairs", "make_stage_rows", "make_store"]
 
 u32, u64, i32 = types.uint32, types.uint64, types.int32
 
@@ -110,6 +110,39 @@ def _make_send(tokens: int, outputs: int, pitch_bytes: int) -> Callable[..., Non
                     write_line(to + u64(u32(i)) * row_bytes, a, b, c, d, m, rows)
 
     return send
+
+
+def make_stage_pairs(cfg: Any, words: Sequence[Callable[..., Any]]) -> Callable[[int], Callable[..., None]]:
+    """``stage_of`` for one or two sub-rows of a thread, each with two neighbouring outputs of every token.
+
+    ``words[h](acc, i, extra)`` are those two, packed, of the token whose sum in the lower sub-row has number ``i``.
+    """
+    PITCH, SLAB, EIGHTS = cfg.staged_token_bytes, 8 * len(words), cfg.chunk // 8
+    put = callable_of(memory.store("shared", "u32"))
+
+    def put_word(number, column, half):
+        """A word of one of the two tokens of every eight that a thread holds; the upper sub-row is 8 pairs further."""
+        FIRST, OFFSET, word = 4 * number + column, (8 * number + column) * PITCH + 32 * half, words[half]
+
+        @jit
+        def part(acc, at, extra):
+            put(u32(at + u32(OFFSET)), word(acc, FIRST, extra))
+
+        return part
+
+    def stage_of(first):
+        eights = range(first // 8, first // 8 + EIGHTS)
+        all_words = sequence([put_word(i, c, half) for i in eights for c in range(2) for half in range(len(words))])
+
+        @jit
+        def stage(acc, staging, thread, extra):
+            warp, lane = u32(thread // u32(32)), u32(thread % u32(32))
+            pair = u32(warp * u32(SLAB) + lane // u32(4))
+            all_words(acc, u32(staging + lane % u32(4) * u32(2 * PITCH) + pair * u32(4)), extra)
+
+        return stage
+
+    return stage_of
 
 
 def make_stage_rows(
