@@ -23,7 +23,10 @@ GUARD = 3  # rows and columns around Y that must stay as they are
 
 @dataclass(frozen=True)
 class Case:
-    """One launch: ``Y = X @ W.T + bias`` by ``workers`` CTAs or clusters, ``split`` tiles in ``parts`` parts."""
+    """One launch: ``Y = X @ W.T + bias`` by ``workers`` CTAs, ``split`` tiles in ``parts`` parts.
+
+    Without split tiles, clusters of ``parts`` CTAs share a tile each.
+    """
 
     cfg: GemmConfig
     rows: int
@@ -71,11 +74,15 @@ class Case:
         if self.cfg.bias:
             bias = np.random.default_rng(self.rows).standard_normal(self.rows).astype(x.dtype)
         slots, floats = self.cfg.partial_slots
-        slots *= self.workers * self.cfg.cluster
+        cluster, workers = self.parts if self.cfg.clusters and not self.split else 1, self.workers
+        if cluster > 1:
+            workers = cluster * -(-self.rows // self.cfg.tile_m) * -(-self.tokens // self.cfg.tile_t)
+        slots *= workers
         y = np.full((self.tokens + GUARD, self.rows + self.guard), 0xFFFF, np.uint16)
         partial, flags = np.full(slots * floats, np.nan, np.float32), np.zeros(slots, np.uint32)
         arguments = self.arguments(w, y.view(x.dtype), x, bias, partial, flags)
-        cpu.launch(self.make_kernel, self.cfg, self.workers, arguments, make=self.make_tile, seed=seed)
+        how = {"make": self.make_tile, "seed": seed, "cluster": cluster}
+        cpu.launch(self.make_kernel, self.cfg, workers, arguments, **how)
 
         want = x.astype(np.float64) @ w.todense().astype(np.float64).T
         if bias is not None:

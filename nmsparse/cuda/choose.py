@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 
 from ..errors import NMSparseError
 from . import config_mma
@@ -30,27 +31,33 @@ class Device:
     sms: int
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
-    feed: float = 90e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 62e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 82e9  # and with that of two, which holds more
-    reread: float = 29.5e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
-    reread_16: float = 5.2e12  # the same of more than eight tokens, which take twice the registers
-    start: float = 1.98e-6  # launch of the kernel for few tokens
-    launch: float = 1.5e-6  # launch of a pipelined kernel, until its ring is filled
-    exchange: float = 1.5e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.33e-6  # for each part of a tile
-    exchange_feed: float = 56e9  # bytes/s of the partial sums of a CTA
+    feed: float = 92e9  # bytes/s into the shared memory of one SM, from L2
+    stream: float = 55e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 81e9  # and with that of two, which holds more
+    reread: float = 45e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
+    reread_16: float = 3.5e12  # the same of more than eight tokens, which take twice the registers
+    start: float = 2.45e-6  # launch of the kernel for few tokens
+    launch: float = 1.8e-6  # launch of a pipelined kernel, until its ring is filled
+    exchange: float = 2.0e-6  # of partial sums between CTAs, besides the bytes
+    exchange_part: float = 0.05e-6  # for each part of a tile
+    exchange_feed: float = 44e9  # bytes/s of the partial sums of a CTA
+    meet: float = 1.05e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
+    cluster_feed: float = 20e9  # bytes/s of sums from the other CTAs of a cluster
 
     @property
     def hopper(self) -> bool:
         """Whether it has ``wgmma`` and the bulk copy engine."""
         return self.arch == "sm_90a"
 
+    def clusters(self, size: int) -> int:
+        """How many clusters of ``size`` CTAs run at once, each within one of the groups that SMs come in."""
+        return ACTIVE_CLUSTERS[size] * self.sms // H200.sms
+
     def multiply(self, config: GemmConfig | MmaConfig) -> float:
         """FLOP/s of one SM on tiles of ``config``.
 
         ``wgmma.sp``: the measured ceilings with operands in place, of which the kernel reaches 86 % when it also has to
-        fetch them, and a little less where the CTAs of a cluster wait for each other.
+        fetch them.
         Samoyeds: the steps of small tiles; those of large ones take as long as their bytes.
         ``mma.sp``: what the kernel reached, most with 128 sums a thread, least where it loads single elements.
         """
@@ -58,7 +65,7 @@ class Device:
             if not config.vector or config.gather:
                 return MMA_ELEMENTS / 132
             return (MMA_LARGE if config.sums >= 128 else MMA) / 132
-        shared = 1.0 if config.pairs else 0.86 * (0.97 if config.cluster > 1 else 1.0)
+        shared = 1.0 if config.pairs else 0.86
         rates = SAMOYEDS if config.pairs else WGMMA
         for tokens, rate in rates:
             if config.tile_t >= tokens:
@@ -68,18 +75,21 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-SAMOYEDS = ((96, 2400e12), (64, 1222e12))
-STEP = 0.035e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
-GEMV_SAMOYEDS = {8: 2.9e12, 16: 4.2e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
+SAMOYEDS = ((96, 2350e12), (64, 1222e12))
+STEP = 0.03e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
+END = 0.09e-6  # seconds of the additions at the end of a run, of 128 tokens and more
+GEMV_SAMOYEDS = {8: 4.0e12, 16: 4.2e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
 REREAD_SAMOYEDS = 5.4e12  # bytes/s of tokens, of this kernel
-COPIED = 1.08  # how much more the copy engine gets from the memory than loads do
-ROUND = 0.54e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-WAVE = 0.6e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-ADD = 0.0145e-6  # seconds for the sums of a warp
-EPILOGUE = 1.8e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.2  # how much faster few SMs are than all of them, which draw more power
+COPIED = 1.04  # how much more the copy engine gets from the memory than loads do
+ROUND = 0.46e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+WAVE = 0.41e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
+UNEVEN = 0.36
+ADD = 0.0127e-6  # seconds for the sums of a warp
+EPILOGUE = 1.0e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.125  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
+ACTIVE_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}  # cuOccupancyMaxActiveClusters, one CTA an SM
 
 H200 = Device(sms=132, memory=4.2e12)
 
@@ -118,7 +128,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Plan:
-    """A config, how many clusters of CTAs run it, how many tiles are split into how many parts, the modelled time."""
+    """A config, how many CTAs run it, how many tiles are split into how many parts, the modelled time.
+
+    Where no tile is split, ``parts`` CTAs form a cluster and share each tile.
+    """
 
     config: GemmConfig | GemvConfig | MmaConfig
     workers: int
@@ -127,31 +140,33 @@ class Plan:
     seconds: float
 
     @property
-    def blocks(self) -> int:
-        """CTAs of the launch."""
-        return self.workers * getattr(self.config, "cluster", 1)
+    def cluster(self) -> int:
+        """CTAs of a cluster."""
+        return 1 if self.split else self.parts
 
     def describe(self) -> str:
         """In a few words.
 
         >>> choose(Problem(4096, 64, 14336)).describe()
-        'gemm 64x64x128, 128 CTAs, 64 tiles in 2 parts'
+        'gemm 64x64x128, 128 CTAs in clusters of 2'
         """
-        shape = f"{self.config.name}, {self.blocks} CTAs"
-        return f"{shape}, {self.split} tiles in {self.parts} parts" if self.split else shape
+        shape = f"{self.config.name}, {self.workers} CTAs"
+        if self.split:
+            return f"{shape}, {self.split} tiles in {self.parts} parts"
+        return f"{shape} in clusters of {self.cluster}" if self.cluster > 1 else shape
 
 
 def grid(config: GemmConfig | MmaConfig, problem: Problem) -> tuple[int, int]:
     """Tiles, and steps of k of each."""
-    high = config.tile_m * getattr(config, "cluster", 1)
-    tiles = -(-problem.rows // high) * -(-problem.tokens // config.tile_t)
+    tiles = -(-problem.rows // config.tile_m) * -(-problem.tokens // config.tile_t)
     return tiles, problem.k_blocks * BLOCK // config.tile_k
 
 
 def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device) -> Iterator[Plan]:
-    """The ways to deal the tiles of ``config``: all of them whole, or those that do not fill a wave split along k."""
-    tiles, steps = grid(config, problem)
-    most = device.sms // getattr(config, "cluster", 1)
+    """The ways to deal the tiles of ``config``: all of them whole, or those that do not fill a wave split along k, or
+    each shared by a cluster.
+    """
+    (tiles, steps), most = grid(config, problem), device.sms
     # As few CTAs as are done in the same time: each draws power, and power limits large tiles.
     even = -(-tiles // -(-tiles // most)) if config.tile_t >= 128 else most
     yield _plan(config, problem, device, min(even, tiles), 0, 1)
@@ -159,14 +174,18 @@ def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device)
         for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
             workers = most if tiles > most else split * parts
             yield _plan(config, problem, device, workers, split, parts)
+    for cluster in getattr(config, "clusters", ()):
+        if cluster <= steps and tiles <= device.clusters(cluster):
+            yield _plan(config, problem, device, tiles * cluster, 0, cluster)
 
 
 def _plan(
     config: GemmConfig | MmaConfig, problem: Problem, device: Device, workers: int, split: int, parts: int
 ) -> Plan:
     tiles, steps = grid(config, problem)
-    whole = -(-(tiles - split) // workers)
-    path = whole * steps + (-(-steps // parts) if split else 0)
+    cluster = 1 if split else parts
+    whole = -(-(tiles - split) * cluster // workers)
+    path = -(-whole * steps // cluster) + (-(-steps // parts) if split else 0)
     pairs = getattr(config, "pairs", False)
     weights = config.tile_m // (2 * BLOCK if pairs else BLOCK) * config.weight_bytes
     flops = 2 * config.tile_m * config.tile_t * config.tile_k
@@ -175,14 +194,21 @@ def _plan(
     stream = device.stream if getattr(config, "warpgroups", 1) == 1 else device.stream_2
     cold = (weights + padding) / stream if problem.tokens <= 2 * config.tile_t else 0.0
     brought = (weights + config.token_bytes) / device.feed
-    step = max(flops / device.multiply(config), brought + (STEP if pairs else 0.0), cold)
+    multiplied = flops / device.multiply(config)
+    if pairs:
+        multiplied += END * min(config.tile_t / 128, 1) * config.tile_k / problem.run
+        brought += STEP
+    step = max(multiplied, brought, cold)
     partial = 4 * config.tile_m * config.tile_t
     exchange = device.exchange + parts * (device.exchange_part + partial / device.exchange_feed) if split else 0.0
+    if cluster > 1:
+        sums = 4 * config.sums * 128 * config.warpgroups
+        exchange = device.meet + sums * (1 - 1 / cluster) / device.cluster_feed
     busy, moving = path * step, problem.nbytes / (COPIED * device.memory)
     if pairs:
         if config.tile_t >= 128:
             busy *= 1 - POWER * (1 - workers / device.sms)
-        busy += (whole + bool(split)) * EPILOGUE * config.tile_t / 128
+        busy += (whole / cluster + bool(split)) * EPILOGUE * config.tile_m * config.tile_t / (256 * 128)
     seconds = device.launch + max(busy, moving) + 0.05 * min(busy, moving) + exchange
     return Plan(config, workers, split, parts, seconds)
 
@@ -200,6 +226,8 @@ def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     again = 2 * blocks * problem.tokens * problem.columns / reread
     late = WAVE / config.ctas * (-(-blocks // resident) - 1) if config.ctas <= 2 else 0.0
     late += 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
+    if device.sms < blocks <= resident:  # some SMs have one CTA more than others
+        late += UNEVEN * (-(-blocks // device.sms) - blocks / device.sms) * problem.nbytes / memory
     trips = ROUND * -(-problem.k_blocks // (config.warps * config.batch))
     start = device.start + ADD * config.warps
     return Plan(config, blocks, 0, 1, start + max(problem.nbytes / memory, trips) + again + late)
@@ -212,7 +240,7 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
     vector = problem.alignment >= 16 and not problem.gather
     if device.hopper and vector:
         for config in SHIPPED_SAMOYEDS if problem.run else SHIPPED:
-            if problem.run % config.tile_k == 0:
+            if not problem.run or config.tile_k == gcd(problem.run, 2 * BLOCK):  # steps as long as runs allow
                 yield from candidates(replace(config, **kind), problem, device)
     else:
         for config in config_mma.SHIPPED_SAMOYEDS if problem.run else config_mma.SHIPPED:
@@ -230,10 +258,10 @@ def choose(problem: Problem, device: Device = H200) -> Plan:
     """The plan with the least modelled time; :class:`~nmsparse.errors.NMSparseError` if nothing can compute it.
 
     >>> plan = choose(Problem(8192, 8192, 8192))
-    >>> plan.config.tile_m, plan.config.tile_t, plan.blocks
+    >>> plan.config.tile_m, plan.config.tile_t, plan.workers
     (128, 256, 128)
     """
-    best = min(plans(problem, device), key=lambda plan: plan.seconds, default=None)
+    best = min(plans(problem, device), key=lambda plan: (plan.seconds, plan.config.tile_t), default=None)
     if best is None:
         raise NMSparseError(f"no kernel for {problem} on {device.arch}; V:N:M needs v as a multiple of 64")
     if os.environ.get("NMSPARSE_PRINT_CONFIG") == "1":

@@ -37,7 +37,6 @@ class GemmConfig(PairRows):
     tile_t: int = 256
     tile_k: int = 64
     stages: int = 5
-    cluster: int = 1  # CTAs along M that share the tokens by multicast
     dtype: str = "f16"
     bias: bool = False
     group: int = 8  # row tiles that go through the tokens together
@@ -139,29 +138,41 @@ class GemmConfig(PairRows):
 
     @property
     def barrier_offset(self) -> int:
-        """Where the barriers begin: the full ones, then the empty ones, 8 bytes each."""
+        """Where the barriers begin, 8 bytes each: the full ones, the empty ones, that of a cluster's sums."""
         return self.staging_offset + self.warpgroups * self.staging_bytes
 
     @property
     def shared_bytes(self) -> int:
         """Ring, epilogue and barriers."""
-        return self.barrier_offset + 16 * self.stages
+        return self.barrier_offset + 16 * self.stages + 8
+
+    @property
+    def clusters(self) -> tuple[int, ...]:
+        """How many CTAs may form a cluster that shares a tile along k, as few tokens need: the ring has room for what
+        the others send to one of them, the sums of its warps.
+        """
+        if self.blocks > 1 or self.warpgroups > 2 or self.tile_t > 128:
+            return ()
+        warps, sums = 4 * self.warpgroups, 32 * 4 * self.sums
+        return tuple(c for c in range(2, 9) if -(-warps // c) * (c - 1) * sums <= self.staging_offset)
 
     @property
     def producer_registers(self) -> int:
         """What the producer keeps of its share at launch: the more copies a step has, the more addresses."""
+        if self.warpgroups == 3:
+            return 32
         two = 40 if self.sums >= 128 else 72 if self.tile_k == BLOCK else 88
         return 88 if self.warpgroups == 1 else two
 
     @property
     def consumer_registers(self) -> int:
         """At launch every thread has its share of 65536, in eights; ``setmaxnreg`` moves some to the consumers."""
-        return 240 if self.warpgroups == 1 else 252 - self.producer_registers // 2
+        return {1: 240, 2: 252 - self.producer_registers // 2, 3: 160}[self.warpgroups]
 
     def deepest(self, most: int = 12) -> Self:
         """This config with as many slots as fit, up to ``most``."""
         room = SHARED_MEMORY - self.warpgroups * self.staging_bytes
-        return replace(self, stages=min(most, room // (self.slot_bytes + 16)))
+        return replace(self, stages=min(most, (room - 8) // (self.slot_bytes + 16)))
 
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
@@ -170,8 +181,8 @@ class GemmConfig(PairRows):
             found.append(f"dtype={self.dtype}: the operands are f16 or bf16")
         if self.group < 1:
             found.append(f"group={self.group}: at least one row tile at a time")
-        if self.warpgroups not in (1, 2):
-            found.append(f"warpgroups={self.warpgroups}: one or two consumers; three leave each too few registers")
+        if self.warpgroups not in (1, 2, 3):
+            return [f"warpgroups={self.warpgroups}: one to three consumers; more leave each too few registers"]
         if self.blocks not in (1, 2):
             found.append(f"blocks={self.blocks}: a consumer has registers for 64 or 128 rows")
         if self.pairs and self.blocks != 1:
@@ -180,8 +191,6 @@ class GemmConfig(PairRows):
             found.append(f"tile_t={self.tile_t}: wgmma takes up to 256 columns, the epilogue 8 or multiples of 16")
         if self.tile_k not in (64, 128):
             found.append(f"tile_k={self.tile_k}: a step is one or two blocks of 64")
-        if self.cluster not in (1, 2, 4) or (self.cluster > 1 and self.tile_t % (8 * self.cluster)):
-            found.append(f"cluster={self.cluster}: 1, 2 or 4 CTAs, each of which loads whole groups of 8 tokens")
         if self.stages < 2:
             found.append(f"stages={self.stages}: one slot fills while another is read")
         if self.shared_bytes > SHARED_MEMORY:
@@ -258,8 +267,7 @@ class GemvConfig:
 
 
 # The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
-# for five slots. Clusters of CTAs, which fetch their tokens once for all, are not among them: they wait for each other,
-# which costs more than it saves (benchmarks/LOG.md). Small tiles stream the weights once, which do not stay in the L2
+# for five slots. Small tiles stream the weights once, which do not stay in the L2
 # cache; about 100 KB of an SM under way reach the memory's bandwidth, and twice as much lose a few percent of it.
 SHIPPED = (
     GemmConfig(group=16),
@@ -281,8 +289,8 @@ SHIPPED = (
     ),
 )
 
-# Samoyeds: half of the sums are those of the even rows, so 192 tokens at most. Steps of 128 columns where runs are as
-# long: each ends with a wait. One consumer where two would leave SMs without a tile.
+# Samoyeds: half of the sums are those of the even rows, so 192 tokens at most, or 128 for three consumers. Steps of
+# 128 columns where runs are as long: each ends with a wait. One consumer where two would leave SMs without a tile.
 SHIPPED_SAMOYEDS = tuple(
     GemmConfig(
         pairs=True,
@@ -294,6 +302,7 @@ SHIPPED_SAMOYEDS = tuple(
     ).deepest(stages * 128 // tile_k)
     for tile_k in (128, 64)
     for warpgroups, tile_t, stages in (
+        (3, 128, 12),
         (2, 192, 12),
         (2, 176, 12),
         (2, 128, 12),

@@ -76,6 +76,11 @@ class GroupedConfig(GemmConfig):
         return 1
 
     @property
+    def clusters(self) -> tuple[int, ...]:
+        """None: tiles are of experts, each for one CTA."""
+        return ()
+
+    @property
     def producer_registers(self) -> int:
         """What the producer keeps: with a gather, the rows that a thread copies."""
         if self.warpgroups == 1:
@@ -90,8 +95,8 @@ class GroupedConfig(GemmConfig):
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
         found = super().problems()
-        if self.blocks != 1 or self.cluster != 1:
-            found.append(f"blocks={self.blocks}, cluster={self.cluster}: one of each")
+        if self.blocks != 1:
+            found.append(f"blocks={self.blocks}: one")
         if self.dense and self.pairs:
             found.append("dense, pairs: one kind of weight")
         if self.gated and self.tile_t not in (8, 16) and self.tile_t % 32:

@@ -120,8 +120,8 @@ def _build(config: Any, arch: str) -> Cubin:
 
 
 @functools.cache
-def kernel_of(config: Any, device: int) -> driver.Kernel:
-    """The kernel of ``config``, loaded."""
+def kernel_of(config: Any, device: int, cluster: int = 1) -> driver.Kernel:
+    """The kernel of ``config``, loaded, for launches in clusters of ``cluster`` CTAs."""
     cubin = compiled(config, model_of(device).arch)
     slack = 1024 if isinstance(config, GemmConfig) else 0  # the ring starts at a multiple of 1024
     return driver.Kernel(
@@ -130,7 +130,7 @@ def kernel_of(config: Any, device: int) -> driver.Kernel:
         config.signature,
         threads=config.threads,
         shared_bytes=config.shared_bytes + slack,
-        cluster=getattr(config, "cluster", 1),
+        cluster=cluster,
         overlaps=getattr(config, "overlaps", False),
         what=str(config),
     )

@@ -75,7 +75,7 @@ class Launch:
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         config = plan.config
         self.weight, self.plan, self.tokens = weight, plan, tokens
-        self.kernel, self.grid = launch.kernel_of(config, weight.device), plan.blocks
+        self.kernel, self.grid = launch.kernel_of(config, weight.device, plan.cluster), plan.workers
         self.k_blocks, self.pieces = weight.blocks.shape[1], (plan.split, plan.parts)
         slots, sums = getattr(config, "partial_slots", (0, 0))
         slots *= self.grid if plan.split else 0
@@ -121,7 +121,7 @@ class GemmLaunch(Launch):
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         super().__init__(weight, plan, tokens)
-        self.box = plan.config.tile_t // plan.config.cluster, BLOCK
+        self.box = plan.config.tile_t, BLOCK
         self.head, self.tail = (weight.blocks.pointer,), (weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces)
         if weight.run:
             self.head += (weight.indices.pointer,)

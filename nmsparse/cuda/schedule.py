@@ -1,9 +1,12 @@
 """Which part of the product each CTA computes: whole tiles, then *split-K* for the tiles that do not fill a wave.
 
-A launch has ``tiles = row_tiles · token_tiles`` tiles of ``steps`` steps of k each and ``workers`` CTAs (or clusters)
-that all run at once. All but the last ``split`` tiles are dealt out whole. Each of the last ones is cut along k into
+A launch has ``tiles = row_tiles · token_tiles`` tiles of ``steps`` steps of k each and ``workers`` CTAs that all run at
+once. All but the last ``split`` tiles are dealt out whole. Each of the last ones is cut along k into
 ``parts`` equal parts, one for each of ``split · parts`` workers; the worker with the first part owns the tile and adds
 the sums of the others in the order of k: the same order in every run.
+
+Or each tile has a cluster of CTAs for itself, which share its steps and add up through their shared memory: for few
+tokens, whose tiles do not fill the GPU (:func:`part_of`).
 
 Workers with the same part walk through the same k at the same time. That matters more than an even load: what one
 reads, the L2 cache hands to all, while runs that begin anywhere (stream-K, Osama et al. 2023) were fed at two thirds
@@ -15,7 +18,7 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 
 from __future__ import annotations
 
-__all__ = ["divide", "nth", "piece", "pieces", "place", "run_of", "share", "whole_tiles"]
+__all__ = ["divide", "nth", "owner_of", "part_of", "piece", "pieces", "place", "run_of", "share", "whole_tiles"]
 
 SHIFT = 37  # a prime
 
@@ -61,6 +64,26 @@ def piece(index, worker, workers, tiles, split, parts, steps):
     part = divide(worker, split)
     first, last = divide(part * steps, parts), divide((part + 1) * steps, parts)
     return tiles - split + worker - part * split, first, last
+
+
+def part_of(worker, cluster, steps):
+    """Tile of ``worker``, and its part of the steps, where a cluster of CTAs has a tile.
+
+    >>> [part_of(worker, 2, 5) for worker in range(4)]
+    [(0, 0, 2), (0, 2, 5), (1, 0, 2), (1, 2, 5)]
+    """
+    number = divide(worker, cluster)
+    part = worker - number * cluster
+    return number, divide(part * steps, cluster), divide((part + 1) * steps, cluster)
+
+
+def owner_of(warp, cluster, warps):
+    """Rank of the CTA of a cluster that adds up and stores what consumer warp ``warp`` of ``warps`` holds.
+
+    >>> [owner_of(warp, 2, 8) for warp in range(8)]
+    [0, 0, 0, 0, 1, 1, 1, 1]
+    """
+    return warp * cluster // warps
 
 
 def run_of(step, run_steps):

@@ -14,11 +14,19 @@ import nmsparse
 from nmsparse.cuda import matmul
 from nmsparse.cuda.array import from_host
 from nmsparse.cuda.choose import H200, Plan, Problem, candidates, gemv_plan
-from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, SHIPPED_SAMOYEDS
+from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, SHIPPED_SAMOYEDS, GemmConfig
 from nmsparse.cuda.config_mma import MmaConfig
 from nmsparse.moe import SparseExperts
 
 ROWS, COLUMNS = 200, 392
+
+
+def kinds(config: GemmConfig | MmaConfig, problem: Problem) -> list[Plan]:
+    """A plan of whole tiles, one that splits some, one in clusters."""
+    found: dict[tuple[bool, bool], Plan] = {}
+    for plan in candidates(config, problem, H200):
+        found.setdefault((plan.split > 0, plan.cluster > 1), plan)
+    return [*found.values()]
 
 
 def plans(tokens: int) -> list[Plan]:
@@ -27,7 +35,7 @@ def plans(tokens: int) -> list[Plan]:
     configs = [replace(config, bias=True) for config in (SHIPPED[0], SHIPPED[2], SHIPPED[-1])]
     configs += [MmaConfig(64, 16, 128, 4, 1, 3, bias=True), MmaConfig(64, 16, 128, 4, 1, 3, bias=True, vector=False)]
     few = [gemv_plan(replace(SHIPPED_GEMV[0], bias=True), problem, H200)] if tokens <= 8 else []
-    return few + [plan for config in configs for plan in list(candidates(config, problem, H200))[:3:2]]
+    return few + [plan for config in configs for plan in kinds(config, problem)]
 
 
 def main() -> None:
@@ -57,15 +65,15 @@ def main() -> None:
 
 
 def samoyeds(rng: np.random.Generator) -> None:
-    """Both ring depths, whole and split tiles."""
+    """Two and three consumers, both ring depths; whole and split tiles, and clusters."""
     w = nmsparse.array(rng.standard_normal((300, 640)).astype(np.float16), "samoyeds:1:2:128")
     weight, bias = w.to_device("cuda"), rng.standard_normal(300).astype(np.float16)
     for tokens in (5, 140):
         x = rng.standard_normal((tokens, 640)).astype(np.float16)
         want = x.astype(np.float64) @ w.todense().astype(np.float64).T + bias
-        for shipped in (SHIPPED_SAMOYEDS[0], SHIPPED_SAMOYEDS[-1]):
+        for shipped in (SHIPPED_SAMOYEDS[0], SHIPPED_SAMOYEDS[1], SHIPPED_SAMOYEDS[-1]):
             config = replace(shipped, bias=True)
-            for plan in list(candidates(config, Problem(300, tokens, 640, bias=True, run=128), H200))[:3:2]:
+            for plan in kinds(config, Problem(300, tokens, 640, bias=True, run=128)):
                 y = from_host(np.full((tokens, 300), np.nan, np.float16))
                 matmul.matmul(from_host(x), weight, out=y, bias=from_host(bias), config=plan)
                 error = np.abs(y.numpy() - want).max()

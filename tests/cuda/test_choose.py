@@ -30,7 +30,6 @@ def test_what_is_shipped_is_valid(config):
         ({"blocks": 3}, "blocks=3"),
         ({"tile_t": 24}, "tile_t=24"),
         ({"tile_k": 32}, "tile_k=32"),
-        ({"cluster": 3}, "cluster=3"),
         ({"stages": 1}, "stages=1"),
         ({"stages": 6}, "shared memory"),
         ({"blocks": 2}, "registers"),
@@ -53,8 +52,11 @@ def test_every_problem_has_a_plan(rows, tokens, columns):
     else:
         tiles, steps = choose.grid(plan.config, Problem(rows, tokens, columns))
         assert 1 <= plan.parts <= steps
-        assert plan.split * plan.parts <= plan.workers <= H200.sms // plan.config.cluster
+        assert plan.split * plan.parts <= plan.workers <= H200.sms
         assert plan.split <= tiles
+        if plan.cluster > 1:
+            assert plan.workers == tiles * plan.cluster
+            assert plan.cluster in plan.config.clusters
 
 
 @given(sizes, sizes, st.sampled_from(SHIPPED))
@@ -63,7 +65,7 @@ def test_candidates_share_all_tiles(rows, tokens, config):
     tiles, _ = choose.grid(config, problem)
     for plan in candidates(config, problem, H200):
         assert (tiles - plan.split) % plan.workers == 0 or plan.split == 0
-        assert plan.workers <= max(tiles, plan.split * plan.parts)
+        assert plan.workers <= max(tiles, plan.split * plan.parts, tiles * plan.cluster)
 
 
 def test_few_tokens_do_not_take_the_large_tile():

@@ -31,14 +31,14 @@ from nmsparse.cuda.tile.gpu import samoyeds as gpu_samoyeds
 QUICK = [
     SHIPPED[0],
     replace(SHIPPED[-1], dtype="bf16", bias=True),
-    GemmConfig(warpgroups=2, blocks=2, tile_t=16, tile_k=128, stages=3, cluster=2, bias=True),
+    GemmConfig(warpgroups=2, blocks=2, tile_t=16, tile_k=128, stages=3, bias=True),
     GemmConfig(warpgroups=1, blocks=2, tile_t=32, stages=3, dtype="bf16"),
 ]
 OTHERS = [replace(cfg, dtype=dtype, bias=True) for cfg, dtype in zip(SHIPPED, cycle(["bf16", "f16"]), strict=False)]
 PAIRS = GemmConfig(pairs=True)
-QUICK_PAIRS = [replace(PAIRS, tile_t=8, tile_k=128, stages=3, cluster=1, dtype="bf16", bias=True)]
+QUICK_PAIRS = [replace(PAIRS, tile_t=8, tile_k=128, stages=6, dtype="bf16", bias=True)]
 OTHER_PAIRS = [
-    replace(PAIRS, tile_t=16, stages=3, cluster=2),
+    replace(PAIRS, tile_t=16, stages=3),
     replace(PAIRS, tile_t=8, stages=3, warpgroups=1),
 ]
 OTHER_PAIRS += [
@@ -79,7 +79,7 @@ def name(cfg):
     kind = f"{'-samoyeds' * cfg.pairs}{'-dense' * getattr(cfg, 'dense', False)}"
     if isinstance(cfg, GroupedConfig):
         return f"grouped{kind}-{shape}-{cfg.dtype}{'-gather' * cfg.gather}{'-gate' * cfg.gated}-{cfg.activation}"
-    return f"gemm{kind}-{shape}-{cfg.dtype}{'-bias' * cfg.bias}-cluster{cfg.cluster}"
+    return f"gemm{kind}-{shape}-{cfg.dtype}{'-bias' * cfg.bias}"
 
 
 CONFIGS = [pytest.param(cfg, id=name(cfg)) for cfg in QUICK + QUICK_PAIRS + QUICK_GROUPED]
@@ -96,6 +96,8 @@ def expected(cfg):
     opcodes = {"HGMMA", "SYNCS", "USETMAXREG"}
     if not (grouped and cfg.dense):
         opcodes |= {"UBLKCP"}
+    if cfg.clusters:
+        opcodes |= {"UCGABAR_ARV", "UCGABAR_WAIT", "STAS"}
     opcodes |= {"LDGSTS", "ARRIVES"} if grouped and cfg.gather else {"UTMALDG"}
     return opcodes | ({"STS", "FFMA", "FADD"} if cfg.pairs else {"STSM"})
 

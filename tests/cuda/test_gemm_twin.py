@@ -29,23 +29,24 @@ CONFIGS = [
     GemmConfig(warpgroups=2, blocks=2, tile_t=16, tile_k=128, stages=2),
     GemmConfig(warpgroups=2, tile_t=64, stages=4, group=1),
     GemmConfig(warpgroups=2, tile_t=48, stages=2, bias=True),
-    GemmConfig(warpgroups=1, tile_t=16, stages=2, cluster=2),
-    GemmConfig(warpgroups=2, tile_t=64, tile_k=128, stages=3, cluster=2, dtype="bf16", bias=True),
-    GemmConfig(warpgroups=1, blocks=2, tile_t=32, stages=2, cluster=4),
+    GemmConfig(warpgroups=3, tile_t=16, stages=2),
+    GemmConfig(warpgroups=1, tile_t=16, stages=6),
+    GemmConfig(warpgroups=2, tile_t=64, tile_k=128, stages=4, dtype="bf16", bias=True),
 ]
+CLUSTERS = 2, 3, 4, 8
 SHAPES = [(64, 8, 128), (200, 77, 136), (130, 1, 500), (65, 33, 520), (1, 9, 20)]
 SCHEDULES = [(1, 0, 1), (2, 0, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3), (2, 2, 1)]  # workers, split tiles, parts
 
 
 def name(cfg):
-    sizes = f"{cfg.warpgroups}x{cfg.blocks}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages} cluster {cfg.cluster}"
+    sizes = f"{cfg.warpgroups}x{cfg.blocks}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages}"
     return f"{sizes} {cfg.dtype}{' bias' * cfg.bias}"
 
 
 def fitting(cfg, shape, schedule):
     """``schedule`` with no more split tiles than there are, and no more parts than steps."""
     (rows, tokens, k), (workers, split, parts) = shape, schedule
-    tiles = -(-rows // (cfg.tile_m * cfg.cluster)) * -(-tokens // cfg.tile_t)
+    tiles = -(-rows // cfg.tile_m) * -(-tokens // cfg.tile_t)
     return workers, min(split, tiles), min(parts, blocks_of(rows, k)[1] * 64 // cfg.tile_k)
 
 
@@ -62,6 +63,15 @@ def test_every_schedule_is_right(cfg, schedule):
     Case(cfg, 200, 77, 648, *schedule).run()
 
 
+@pytest.mark.parametrize("cluster", CLUSTERS)
+@pytest.mark.parametrize("cfg", CONFIGS[-2:], ids=name)
+def test_clusters_share_tiles(cfg, cluster):
+    """Of as many steps as CTAs, or more; rows and tokens that do not fill a tile."""
+    assert cluster in cfg.clusters
+    for seed, (rows, tokens, k) in enumerate([(200, 77, 1100), (64, 1, 64 * cfg.tile_k // 64 * cluster)]):
+        Case(cfg, rows, tokens, k, parts=cluster).run(seed)
+
+
 @pytest.mark.parametrize("cfg", SHIPPED, ids=name)
 def test_shipped_configs_are_right(cfg):
     Case(replace(cfg, bias=True), 300, cfg.tile_t + 5, 1000, workers=4, split=2, parts=2).run()
@@ -72,7 +82,7 @@ def test_shipped_configs_are_right(cfg):
 def test_any_size_schedule_and_order(data):
     cfg = data.draw(st.sampled_from(CONFIGS))
     shape = tuple(data.draw(st.tuples(st.integers(1, 260), st.integers(1, 70), st.integers(1, 300))))
-    workers = data.draw(st.integers(1, 4 if cfg.cluster == 1 else 2))
+    workers = data.draw(st.integers(1, 4))
     parts = data.draw(st.integers(1, workers))
     schedule = fitting(cfg, shape, (workers, data.draw(st.integers(0, workers // parts)), parts))
     Case(cfg, *shape, *schedule).run(data.draw(st.integers(0, 2**16)))

@@ -57,18 +57,25 @@ def test_gpu_product(torch, shape, kind, pattern):
     assert torch.equal((weight @ x.t().contiguous()).t(), y)
 
 
-def test_gpu_every_shipped_kernel(torch):
-    from nmsparse.cuda import matmul
+@pytest.mark.parametrize("run", [0, 64, 256])
+def test_gpu_every_shipped_kernel(torch, run):
+    """With every way to deal its tiles: whole, split, by clusters."""
+    from nmsparse.cuda import launch, matmul
     from nmsparse.cuda.choose import H200, Problem, candidates, gemv_plan
-    from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV
+    from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS, SHIPPED_SAMOYEDS
 
+    step = min(run, 128)
+    shipped = [c for c in SHIPPED_SAMOYEDS if c.tile_k == step] if run else SHIPPED
+    launch.compile_all([replace(c, bias=True) for c in shipped], launch.arch_of(0))
+    pattern = f"samoyeds:1:2:{run}" if run else "2:4"
     for rows, tokens, columns in ((1000, 7, 1096), (1408, 300, 2048)):
-        weight, dense, x = operands(torch, rows, tokens, columns, torch.float16)
+        weight, dense, x = operands(torch, rows, tokens, columns, torch.float16, pattern)
         bias = torch.randn(rows, device="cuda", dtype=torch.float16)
         exact = x.double() @ dense.double().t() + bias.double()
-        problem = Problem(rows, tokens, columns, bias=True)
-        plans = [plan for c in SHIPPED for plan in candidates(replace(c, bias=True), problem, H200)]
-        plans += [gemv_plan(replace(c, bias=True), problem, H200) for c in SHIPPED_GEMV if tokens <= c.tile_t]
+        problem = Problem(rows, tokens, columns, bias=True, run=run)
+        plans = [plan for c in shipped for plan in candidates(replace(c, bias=True), problem, H200)]
+        few = SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV
+        plans += [gemv_plan(replace(c, bias=True), problem, H200) for c in few if tokens <= c.tile_t]
         for plan in plans:
             y = torch.full((tokens, rows), math.nan, device="cuda", dtype=torch.float16)
             first = matmul.matmul(x, weight, out=y, bias=bias, config=plan).clone()

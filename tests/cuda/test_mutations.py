@@ -15,7 +15,7 @@ from nmsparse.cuda.tile.cpu import Deadlock, KernelError, barrier, words
 
 # Three workers: five whole tiles, and one that they share. 150 rows: the last tile has one of two blocks.
 CASE = Case(GemmConfig(warpgroups=2, tile_t=16, stages=2), rows=150, tokens=40, k=256, workers=3, split=1, parts=3)
-CLUSTER = Case(GemmConfig(warpgroups=1, tile_t=16, stages=2, cluster=2), rows=100, tokens=20, k=256, workers=2)
+CLUSTER = Case(GemmConfig(warpgroups=1, tile_t=16, stages=6), rows=100, tokens=20, k=512, parts=2)
 SEEDS = range(3)
 WRONG = AssertionError, "Not equal to tolerance"
 
@@ -31,7 +31,8 @@ FILL = """tile.expect(ring, turn, row, rows)
 RELEASE_EVEN = "tile.release(ring, turn - 1)\n                        turn += 1"
 FINAL_RELEASE = "tile.release(ring, turn - 1)\n                if"
 FINAL_WAIT = "tile.wait_wgmma()\n                "
-STORE = "tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)"
+STORE = "tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch, cluster)"
+REDUCE = "tile.reduce_scatter(acc, ring, cluster)"
 
 MUTANTS = [
     Mutant("wait_full dropped", "tile.wait_full(ring, turn)", "pass", KernelError, "waited until it was full"),
@@ -162,10 +163,10 @@ MUTANTS = [
         Deadlock,
         r"consumer . of CTA 0 waits for partial sums 2, part 1 of 3",
     ),
-    Mutant("a part stored as the whole", "if first > 0", "if False", Deadlock, "waits for partial sums"),
-    Mutant("the whole stored as a part", "if first > 0", "if first >= 0", KernelError, "nobody has added"),
+    Mutant("a part stored as the whole", "cluster == 1 and first > 0", "False", Deadlock, "waits for partial sums"),
+    Mutant("the whole stored as a part", "first > 0", "first >= 0", KernelError, "nobody has added"),
     Mutant("pieces counted without the split", "pieces(tiles, split,", "pieces(tiles, 0,", AssertionError, "nan"),
-    Mutant("producer: other pieces", PIECE, PIECE.replace("split, ", "min(split, 0), "), ZeroDivisionError, "by zero"),
+    Mutant("producer: other pieces", PIECE, PIECE.replace("split, ", "min(split, 0), "), Deadlock, "waits for turn"),
     Mutant(
         "consumer: one step less", PIECE, PIECE + "; last -= first == 0", KernelError, "CTA of this launch", last=True
     ),
@@ -198,13 +199,26 @@ MUTANTS = [
         KernelError,
         "producer of CTA .: wgmma_sp is a word for a consumer",
     ),
-    Mutant("cluster: wait_empty dropped", "tile.wait_empty(ring, turn)", "pass", KernelError, "empty", case=CLUSTER),
+    Mutant("cluster: sums not added", REDUCE, "pass", *WRONG, case=CLUSTER),
+    Mutant("cluster: added twice", REDUCE, REDUCE + "; " + REDUCE, *WRONG, case=CLUSTER),
     Mutant(
-        "cluster: too few bytes",
-        "expect(ring, turn, row, rows)",
-        "expect(ring, turn, row, 0)",
+        "cluster: all outputs stored", STORE, STORE.replace("cluster", "1"), KernelError, "belongs to one", case=CLUSTER
+    ),
+    Mutant("cluster: another size", REDUCE, REDUCE.replace("cluster)", "3)"), KernelError, "as launched", case=CLUSTER),
+    Mutant(
+        "cluster: sums sent while they are added to",
+        FINAL_WAIT + "tile.release(ring, turn - 1)",
+        "pass",
         KernelError,
-        r"bytes more than expected|announced too few",
+        "reduce_scatter touches sums in flight",
+        case=CLUSTER,
+    ),
+    Mutant(
+        "cluster: sums sent over a slot that is not released",
+        "tile.release(ring, turn - 1)\n                if",
+        "pass\n                if",
+        KernelError,
+        "writes sums over the ring",
         case=CLUSTER,
     ),
     Mutant("half of the weights not loaded", FILL, FILL.replace("rows", "64"), AssertionError, "nan"),
@@ -223,18 +237,6 @@ def test_a_mistake_is_found(mutant):
     for seed in SEEDS:
         with pytest.raises(mutant.kind, match=mutant.says):
             replace(mutant.case or CASE, make_kernel=make_kernel).run(seed)
-
-
-def test_a_cta_that_ends_before_its_peer_is_found():
-    """Whether it happens is a matter of luck on the GPU, and of the seed here."""
-    make_kernel = maker_of(text_of(make_gemm).replace("tile.finish()", "pass"), "make_gemm")
-    found = []
-    for seed in range(20):
-        try:
-            replace(CLUSTER, make_kernel=make_kernel).run(seed)
-        except KernelError as error:
-            found.append(str(error))
-    assert found and all("which has ended; say finish()" in message for message in found)
 
 
 def reversed_metadata(blocks):
@@ -274,7 +276,7 @@ def test_lanes_that_the_hardware_does_not_read_do_not_matter(monkeypatch):
 
 
 def test_too_few_arrivals_let_the_producer_overtake(monkeypatch):
-    """``empty`` counts all consumers of the cluster; with half of them the slot is refilled while others read it."""
+    """``empty`` counts all consumers; with half of them the slot is refilled while others read it."""
     init = barrier.Barrier.init
     monkeypatch.setattr(barrier.Barrier, "init", lambda self, count: init(self, max(count // 2, 1)))
     for seed in SEEDS:

@@ -98,7 +98,7 @@ OF_SAMOYEDS = [
     ("a part goes on with the owner of the second run", PICK, PICK.replace("run + 1", "1"), *WRONG),
     ("zero for the first piece only", "tile.zero(acc)", "if index == 0: tile.zero(acc)", *WRONG),
     ("partial sums not added", "if last < steps", "if False", *WRONG),
-    ("a part stored as the whole", "if first > 0", "if False", Deadlock, "waits for partial sums"),
+    ("a part stored as the whole", "cluster == 1 and first > 0", "False", Deadlock, "waits for partial sums"),
     (
         "one block too few",
         "tile.expect(ring, turn, row, rows)",

@@ -29,22 +29,23 @@ CONFIGS = [
     replace(PAIRS, tile_t=176, stages=2, bias=True),
     replace(PAIRS, warpgroups=1, tile_t=16, tile_k=128, stages=2),
     replace(PAIRS, warpgroups=1, tile_t=8, stages=4, bias=True),
-    replace(PAIRS, tile_t=16, stages=2, cluster=2, bias=True),
-    replace(PAIRS, warpgroups=1, tile_t=32, tile_k=128, stages=2, cluster=4),
+    replace(PAIRS, warpgroups=3, tile_t=16, stages=2, bias=True),
+    replace(PAIRS, tile_t=16, stages=6, bias=True),
+    replace(PAIRS, warpgroups=1, tile_t=32, tile_k=128, stages=6),
 ]
 SHAPES = [(128, 8, 256, 3), (300, 77, 136, 5), (131, 1, 520, 0), (1, 9, 20, 7)]  # rows, tokens, columns, guard of Y
 SCHEDULES = [(1, 0, 1), (2, 1, 2), (4, 2, 2), (3, 1, 3)]  # workers, split tiles, parts
 
 
 def name(cfg):
-    sizes = f"{cfg.warpgroups}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages} cluster {cfg.cluster}"
+    sizes = f"{cfg.warpgroups}x{cfg.tile_t}x{cfg.tile_k} stages {cfg.stages}"
     return f"{sizes} {cfg.dtype}{' bias' * cfg.bias}"
 
 
 def fitting(cfg, rows, tokens, k, schedule):
     """``schedule`` with no more split tiles than there are, and no more parts than steps."""
     workers, split, parts = schedule
-    tiles = -(-rows // (cfg.tile_m * cfg.cluster)) * -(-tokens // cfg.tile_t)
+    tiles = -(-rows // cfg.tile_m) * -(-tokens // cfg.tile_t)
     return workers, min(split, tiles), min(parts, blocks_of(rows, k)[1] * 64 // cfg.tile_k)
 
 
@@ -69,12 +70,21 @@ def test_a_part_may_begin_within_a_run(schedule, v):
     SamoyedsCase(CONFIGS[1], 200, 20, 600, *schedule, v=v).run()
 
 
+@pytest.mark.parametrize("v", [128, 512])
+@pytest.mark.parametrize("cluster", [2, 3, 4, 8])
+@pytest.mark.parametrize("cfg", CONFIGS[-2:], ids=name)
+def test_clusters_share_tiles(cfg, cluster, v):
+    """Whose parts may begin within a run."""
+    assert cluster in cfg.clusters
+    SamoyedsCase(cfg, 300, 40, 1100, parts=cluster, v=v, guard=3).run(cluster)
+
+
 @given(st.data())
 @settings(max_examples=30)
 def test_any_size_schedule_and_order(data):
     cfg = data.draw(st.sampled_from(CONFIGS))
     rows, tokens, k = data.draw(st.tuples(st.integers(1, 300), st.integers(1, 70), st.integers(1, 300)))
-    workers = data.draw(st.integers(1, 4 if cfg.cluster == 1 else 2))
+    workers = data.draw(st.integers(1, 4))
     parts = data.draw(st.integers(1, workers))
     schedule = fitting(cfg, rows, tokens, k, (workers, data.draw(st.integers(0, workers // parts)), parts))
     v, guard = data.draw(st.sampled_from(runs_of(cfg, k))), data.draw(st.integers(0, 8))

@@ -32,7 +32,7 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
         ring = tile.ring()
         row_tiles, token_tiles, steps = tile.grid(rows, tokens, k_blocks)
         tiles = row_tiles * token_tiles
-        pieces = tile.pieces(tiles, split, parts)
+        pieces, cluster = tile.pieces(tiles, split, parts), tile.cluster(split, parts)
         role = tile.role()
         turn = 0
         if role == tile.PRODUCER:
@@ -69,12 +69,13 @@ def make_samoyeds(tile: Any, cfg: Any) -> Any:
                         tile.end_run(acc, odd, following)
                         odd, run, left = following, run + 1, run_steps
                 tile.end_runs(acc, odd)
-                if first > 0:
+                if cluster == 1 and first > 0:
                     tile.store_partial(acc, partial_gmem, flag_gmem)
                 else:
-                    if last < steps:
+                    if cluster > 1:
+                        tile.reduce_scatter(acc, ring, cluster)
+                    elif last < steps:
                         tile.add_partials(acc, partial_gmem, flag_gmem, split, parts)
-                    tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)
-        tile.finish()
+                    tile.store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch, cluster)
 
     return samoyeds

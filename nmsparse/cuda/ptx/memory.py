@@ -21,11 +21,13 @@ __all__ = [
     "load_acquire",
     "load_if",
     "load_where",
+    "map_shared",
     "pack",
     "read_again",
     "redux_add",
     "set_max_registers",
     "store",
+    "store_async",
     "store_release",
     "unpack",
     "vote_ballot",
@@ -75,6 +77,15 @@ def store(space: str, kind: str, count: int = 1, *, hint: str = "") -> Instructi
         section="st",
     )
 
+
+# 16 bytes into the shared memory of a CTA of the cluster, where they also count as bytes of an mbarrier's phase: who
+# waits for that sees them. Inputs: address, values, address of the mbarrier.
+store_async = Instruction(
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [$0], {$1, $2, $3, $4}, [$5];",
+    inputs=("u32", "f32", "f32", "f32", "f32", "u32"),
+    section="st.async",
+    arch=90,
+)
 
 # One 16-bit number, or 0 where it must not be read. Inputs: the address, 0 or not.
 load_if = Instruction(
@@ -132,6 +143,15 @@ divide = Instruction("div.u32 $0, $1, $2;", results=("u32",), inputs=("u32", "u3
 # To 2 ulp; the exactly rounded division is a call.
 divide_f32 = Instruction(
     "div.full.f32 $0, $1, $2;", results=("f32",), inputs=("f32", "f32"), memory=False, section="div"
+)
+# Where an address of this CTA's shared memory is in another CTA of the cluster. Inputs: address, rank of that CTA.
+map_shared = Instruction(
+    "mapa.shared::cluster.u32 $0, $1, $2;",
+    results=("u32",),
+    inputs=("u32", "u32"),
+    memory=False,
+    section="mapa",
+    arch=90,
 )
 cluster_rank = Instruction(
     "mov.u32 $0, %cluster_ctarank;", results=("u32",), memory=False, section="%cluster_ctarank", arch=90

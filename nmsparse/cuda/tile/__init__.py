@@ -22,7 +22,10 @@ warpgroup, or *all*.
 ``elect()`` : all
     True in one thread of the producer.
 ``grid(rows, tokens, k_blocks)`` : all
-    ``⌈rows / (TM·cluster)⌉, ⌈tokens / TT⌉, 64·k_blocks / TK``: tiles of rows, tiles of tokens, steps.
+    ``⌈rows / TM⌉, ⌈tokens / TT⌉, 64·k_blocks / TK``: tiles of rows, tiles of tokens, steps.
+``cluster(split, parts)`` : all
+    How many CTAs, which form a cluster, share each tile along k: ``parts`` where no tile is split. Such a cluster has
+    one tile.
 ``pieces(tiles, split, parts)`` : all
     Number of pieces of work of this CTA: whole tiles, and perhaps one part of a split one.
 ``piece(index, tiles, split, parts, steps)`` : all
@@ -33,9 +36,8 @@ warpgroup, or *all*.
 **The ring**, which hands slots from the producer to the consumers
 
 ``ring()`` : all
-    S slots with two barriers each; returns when all roles of the cluster are there. A phase of ``full`` is complete
-    after one arrival and the bytes that it announces, of ``empty`` after an arrival of every consumer warp of the
-    cluster.
+    S slots with two barriers each; returns when all roles of the CTA are there. A phase of ``full`` is complete after
+    one arrival and the bytes that it announces, of ``empty`` after an arrival of every consumer warp.
 ``prefetch(x_gmem)`` : all
     Nothing; the tensor map of X will be needed soon.
 ``give_registers()`` : producer
@@ -48,15 +50,13 @@ warpgroup, or *all*.
     ``full[slot]`` completes after ``2·TT·TK + 4608·TK/64·(64-row blocks of the tile that exist)`` bytes.
 ``load_tokens(ring, turn, x_gmem, token, step)`` : producer
     ``tokens[slot] = x_gmem[TT·token :, TK·step :][:TT, :TK]``, zeros outside of X, swizzled
-    (:func:`~nmsparse.formats.fragments.swizzle_128b`). Each CTA of a cluster brings its share for all of them.
+    (:func:`~nmsparse.formats.fragments.swizzle_128b`).
 ``load_weights(ring, turn, w_gmem, row, step, rows, k_blocks)`` : producer
     ``weights[slot, b] = w_gmem[TM/64·row + b, TK/64·step :][: TK/64]`` for each block b of 64 rows that exists.
 ``wait_full(ring, turn)`` : consumer
     Until ``full[slot]`` has completed ``turn // S + 1`` phases.
 ``release(ring, turn)`` : consumer
-    Arrives at ``empty[slot]`` of every CTA of the cluster.
-``finish()`` : all
-    Until no CTA of the cluster writes to another any more.
+    Arrives at ``empty[slot]``.
 
 **Sums**: ``acc[m, t]`` of the consumer's ``64·blocks`` rows, held by its 128 threads as
 :func:`~nmsparse.formats.fragments.wgmma_sp_d` says. While a group is under way only ``wgmma_sp`` may touch them.
@@ -75,9 +75,13 @@ warpgroup, or *all*.
 ``add_partials(acc, partial_gmem, flag_gmem, split, parts)`` : consumer
     ``acc += partial[c, consumer]`` for the CTAs c with parts 1, 2, … of the tile, in this order, each once
     ``flag[c, consumer] == 1``; the flag is 0 afterwards.
-``store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch)`` : consumer
+``reduce_scatter(acc, ring, cluster)`` : consumer
+    ``acc[m] = Σ acc[m]`` of the same consumers in all CTAs of the cluster, for the rows m of warps that this CTA owns
+    (:func:`~nmsparse.cuda.schedule.owner_of`); others are lost. Sums cross the shared memory of the rings, which nobody
+    may need any more.
+``store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch, cluster)`` : consumer
     ``y[TT·token + t, M + m] = acc[m, t] + bias[M + m]``, rounded, where M is the consumer's first row; only inside
-    ``tokens × rows``. ``y[t, m]`` is ``y_gmem[t·pitch + m]``.
+    ``tokens × rows``, and in a cluster only rows of warps that this CTA owns. ``y[t, m]`` is ``y_gmem[t·pitch + m]``.
 
 Samoyeds: :mod:`nmsparse.cuda.kernels.samoyeds`
 ===============================================

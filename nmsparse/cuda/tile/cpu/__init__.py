@@ -67,13 +67,15 @@ def launch(
     *,
     make: Callable[[Any], SimpleNamespace] = make,
     seed: int = 0,
+    cluster: int = 1,
 ) -> None:
-    """Run ``make_kernel(tile, cfg)(*arguments)`` on ``workers`` CTAs, or clusters, at once, ``tile`` by ``make``.
+    """Run ``make_kernel(tile, cfg)(*arguments)`` on ``workers`` CTAs at once, in clusters of ``cluster``, ``tile`` by
+    ``make``.
 
     Arguments are those of the kernel: arrays instead of addresses and tensor maps. ``seed`` draws the order in which
     roles go on; another seed is another interleaving.
     """
-    machine = Machine(cfg, workers, seed)
+    machine = Machine(cfg, workers, seed, cluster)
     kernel = make_kernel(make(cfg), cfg)
 
     def live(role: Role) -> None:

@@ -103,7 +103,7 @@ def _weight_words(cfg: Any) -> Words:
 
     def fill(role: Role, ring: Ring, turn: int, parts: list[np.ndarray]) -> None:
         """Announce and copy ``parts``, which follow each other in the slot."""
-        slot = begin(cfg, role, role.cta, turn)
+        slot = begin(cfg, role, turn)
         ring.full[slot].arrive(str(role), expect=counted + sum(part.nbytes for part in parts))
         at = cfg.token_bytes
         for part in parts:
@@ -187,7 +187,7 @@ def _token_words(cfg: Any) -> Words:
         for start in tokens[tokens != NOWHERE]:
             inside = start >= 0 and start + columns <= x.size
             role.require(bool(inside), f"gathers columns from element {start} of X, which has {x.size}")
-        slot = begin(cfg, role, role.cta, turn)
+        slot = begin(cfg, role, turn)
         column = step * cfg.tile_k + np.arange(cfg.tile_k)
         inside = (tokens != NOWHERE)[:, None] & (column // 8 * 8 < columns)  # chunks are copied whole
         box = np.where(inside, x.view(np.uint16)[np.where(inside, tokens[:, None] + column, 0)], 0).astype(np.uint16)
@@ -203,7 +203,7 @@ def _token_words(cfg: Any) -> Words:
         role: Role, ring: Ring, turn: int, x_gmem: np.ndarray, tokens: np.ndarray, step: int, columns: int
     ) -> None:
         known(role, tokens)
-        slot = begin(cfg, role, role.cta, turn)
+        slot = begin(cfg, role, turn)
         for j in range(step_blocks):
             box = _swizzled(box_of(x_gmem, int(tokens[0]), (step * step_blocks + j) * BLOCK, cfg.tile_t))
             target = ring.memory[slot, j * box.nbytes : (j + 1) * box.nbytes]

@@ -26,6 +26,7 @@ class Ring:
         self.full = [Barrier(f"full[{slot}] of CTA {cta}") for slot in range(cfg.stages)]
         self.empty = [Barrier(f"empty[{slot}] of CTA {cta}") for slot in range(cfg.stages)]
         self.fills = [0] * cfg.stages  # fills of each slot begun so far
+        self.taken = False  # by sums of other CTAs
 
     def begin(self, slot: int, fill: int) -> None:
         """Fill number ``fill`` of ``slot`` begins, if it has not yet."""
@@ -85,9 +86,13 @@ class Role:
         self.seen[barrier] = barrier.phase
 
     def meet(self) -> None:
-        """Wait for all roles of the cluster."""
-        met = self.cta.cluster[0].meeting.arrive()
-        self.cta.machine.crew.pause(str(self), met, lambda: "the other roles of its cluster")
+        """Wait for all roles of the CTA."""
+        self.cta.machine.crew.pause(str(self), self.cta.meeting.arrive(), lambda: "the other roles of its CTA")
+
+    def meet_cluster(self) -> None:
+        """Wait for all consumers of the cluster."""
+        met = self.cta.cluster[0].consumers.arrive()
+        self.cta.machine.crew.pause(str(self), met, lambda: "the other consumers of its cluster")
 
     def finish_groups(self, but: int = 0) -> None:
         """Finish all groups of ``wgmma`` under way ``but`` the newest ones, oldest first."""
@@ -111,18 +116,29 @@ class Cta:
         self.number, self.machine = number, machine
         self.ring = Ring(machine.cfg, number)
         self.roles = [Role(i, self) for i in range(PRODUCER, machine.cfg.warpgroups)]
-        self.meeting = Meeting(len(self.roles) * machine.cfg.cluster)
+        self.meeting = Meeting(len(self.roles))
+        self.consumers = Meeting((len(self.roles) - 1) * machine.cluster)
+        self.received: dict[tuple[int, int, int], np.ndarray] = {}  # sums of a consumer's warp, of a peer
 
     @property
     def cluster(self) -> list[Cta]:
         """The CTAs of its cluster, by rank."""
         first = self.number - self.rank
-        return self.machine.ctas[first : first + self.machine.cfg.cluster]
+        return self.machine.ctas[first : first + self.machine.cluster]
 
     @property
     def rank(self) -> int:
         """Its place in the cluster."""
-        return self.number % self.machine.cfg.cluster
+        return self.number % self.machine.cluster
+
+    def receive(self, sender: Role, what: tuple[int, int, int], sums: np.ndarray) -> None:
+        """``sums`` of a peer arrive, in the place of the ring."""
+        sender.require(not self.gone, f"writes to CTA {self.number}, which has ended")
+        for consumer in self.roles[1:]:
+            free = consumer.released == self.ring.fills and all(full.idle for full in self.ring.full)
+            sender.require(free, f"writes sums over the ring of CTA {self.number}, which {consumer} still reads")
+        self.ring.taken = True
+        self.received[what] = sums
 
     @property
     def gone(self) -> bool:
@@ -133,9 +149,9 @@ class Cta:
 class Machine:
     """All CTAs of a launch, at the same time."""
 
-    def __init__(self, cfg: Any, workers: int, seed: int) -> None:
-        self.cfg, self.workers, self.crew = cfg, workers, Crew(seed)
-        self.ctas = [Cta(number, self) for number in range(workers * cfg.cluster)]
+    def __init__(self, cfg: Any, workers: int, seed: int, cluster: int = 1) -> None:
+        self.cfg, self.workers, self.cluster, self.crew = cfg, workers, cluster, Crew(seed)
+        self.ctas = [Cta(number, self) for number in range(workers)]
         self.stored: set[int] = set()  # elements of Y written so far, or on their way
 
     def check_end(self) -> None:
@@ -144,6 +160,8 @@ class Machine:
             for barrier in cta.ring.full:
                 if not barrier.idle:
                     raise KernelError(f"at the end, copies are still under way: {barrier}")
+            if cta.received:
+                raise KernelError(f"at the end, CTA {cta.number} has not added sums of its peers: {[*cta.received]}")
             for consumer in cta.roles[1:]:
                 consumer.require(not consumer.groups, "ends while wgmma groups are under way; say wait_wgmma()")
                 for slot, fills in enumerate(cta.ring.fills):

@@ -12,6 +12,7 @@ import numpy as np
 from ....formats.fragments import LANES, WARPGROUP
 from ... import schedule
 from . import vocabulary
+from .cluster import cluster_words, owned_warps
 from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
 from .store import partial_words, store_outputs
@@ -28,7 +29,7 @@ def make(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, as the namespace that a kernel text receives."""
     consumers = consumer_words(cfg)
     del consumers["wait_wgmma_but_one"]
-    for part in (_picks_words, run_words, partial_words, _store_words):
+    for part in (_picks_words, run_words, partial_words, cluster_words, _store_words):
         consumers |= part(cfg)
     everyone = {**place_words(cfg), **ring_words(cfg)}
     everyone["run_of"] = lambda role, step, run_steps: schedule.run_of(step, run_steps)
@@ -109,6 +110,7 @@ def _store_words(cfg: Any) -> Words:
         rows: int,
         tokens: int,
         pitch: int,
+        cluster: int,
     ) -> None:
         check_settled(role, acc, "store")
         outputs = of_pairs(cfg, acc).reshape(cfg.height, -1).T
@@ -118,6 +120,8 @@ def _store_words(cfg: Any) -> Words:
             mine = bias_gmem[first : first + cfg.height]  # type: ignore[index]
             bias[: len(mine)] = mine
             outputs = outputs + bias
+        owned = owned_warps(cfg, role, cluster)
+        outputs, first = outputs[:, 32 * owned.start : 32 * owned.stop], first + 32 * owned.start
         store_outputs(role, outputs, y_gmem, first, token * cfg.tile_t, tokens, rows, pitch)
 
     return {"store": store}

@@ -9,6 +9,7 @@ import numpy as np
 
 from ....formats.fragments import WARPGROUP
 from ...layout import BLOCK
+from .cluster import cluster_words, owned_warps
 from .machine import Accumulator, Ring, Role
 from .multiply import of_registers
 from .words import check_settled
@@ -40,8 +41,8 @@ def store_outputs(
 
 
 def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    """``store_partial``, ``add_partials`` and ``store`` for ``cfg``."""
-    return {**partial_words(cfg), **_epilogue_words(cfg)}
+    """``store_partial``, ``add_partials``, ``reduce_scatter`` and ``store`` for ``cfg``."""
+    return {**partial_words(cfg), **cluster_words(cfg), **_epilogue_words(cfg)}
 
 
 def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
@@ -71,7 +72,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     ) -> None:
         check_settled(role, acc, "add_partials")
         for part in range(1, parts):
-            slot, sums = partial(role, partial_gmem, role.cta.number + part * split * cfg.cluster)
+            slot, sums = partial(role, partial_gmem, role.cta.number + part * split)
             what = f"partial sums {slot}, part {part} of {parts}"
             role.cta.machine.crew.pause(str(role), lambda slot=slot: bool(flag_gmem[slot]), lambda what=what: what)
             flag_gmem[slot] = 0
@@ -93,12 +94,15 @@ def _epilogue_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         rows: int,
         tokens: int,
         pitch: int,
+        cluster: int,
     ) -> None:
         check_settled(role, acc, "store")
         y, t = y_gmem.reshape(-1), token * cfg.tile_t + np.arange(cfg.tile_t)
+        owned = owned_warps(cfg, role, cluster)
         for block in range(cfg.blocks):
             d = of_registers(acc.sums[:, block * cfg.tile_t // 2 : (block + 1) * cfg.tile_t // 2])
             m = row * cfg.tile_m + (role.number * cfg.blocks + block) * BLOCK + np.arange(BLOCK)
+            d, m = (a[slice(16 * owned.start, 16 * owned.stop)] for a in (d, m))
             d = d[np.ix_(m < rows, t < tokens)].T
             m = m[m < rows]
             if cfg.bias:

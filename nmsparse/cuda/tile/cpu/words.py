@@ -11,7 +11,7 @@ import numpy as np
 from ....formats.fragments import WARPGROUP, swizzle_128b
 from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES
-from .machine import PRODUCER, Accumulator, Cta, Group, Ring, Role
+from .machine import PRODUCER, Accumulator, Group, Ring, Role
 from .multiply import CHUNK_BYTES, add_to_registers, metadata_registers, sparse_product
 
 __all__ = [
@@ -41,23 +41,28 @@ def place_words(cfg: Any) -> Words:
     """Which part of the product a role works on."""
 
     def worker(role: Role) -> tuple[int, int]:
-        return role.cta.number // cfg.cluster, role.cta.machine.workers
+        return role.cta.number, role.cta.machine.workers
 
     def grid(role: Role, rows: int, tokens: int, k_blocks: int) -> tuple[int, int, int]:
-        return -(-rows // (cfg.tile_m * cfg.cluster)), -(-tokens // cfg.tile_t), k_blocks * BLOCK // cfg.tile_k
+        return -(-rows // cfg.tile_m), -(-tokens // cfg.tile_t), k_blocks * BLOCK // cfg.tile_k
+
+    def cluster(role: Role, split: int, parts: int) -> int:
+        return parts if cfg.clusters and split == 0 else 1
 
     def pieces(role: Role, tiles: int, split: int, parts: int) -> int:
-        return schedule.pieces(*worker(role), tiles, split, parts)
+        return 1 if cluster(role, split, parts) > 1 else schedule.pieces(*worker(role), tiles, split, parts)
 
     def piece(role: Role, index: int, tiles: int, split: int, parts: int, steps: int) -> tuple[int, int, int]:
+        if cluster(role, split, parts) > 1:
+            return schedule.part_of(role.cta.number, parts, steps)
         return schedule.piece(index, *worker(role), tiles, split, parts, steps)
 
     def place(role: Role, number: int, row_tiles: int, token_tiles: int) -> tuple[int, int]:
-        row, token = schedule.place(number, row_tiles, token_tiles, cfg.group)
-        return row * cfg.cluster + role.cta.rank, token
+        return schedule.place(number, row_tiles, token_tiles, cfg.group)
 
     return {
         "grid": grid,
+        "cluster": cluster,
         "pieces": pieces,
         "piece": piece,
         "place": place,
@@ -73,22 +78,18 @@ def ring_words(cfg: Any) -> Words:
         if role.number == PRODUCER:
             for full, empty in zip(role.cta.ring.full, role.cta.ring.empty, strict=True):
                 full.init(cfg.fillers)
-                empty.init(4 * cfg.warpgroups * cfg.cluster)
+                empty.init(4 * cfg.warpgroups)
         role.meet()
         return role.cta.ring
 
-    def finish(role: Role) -> None:
-        if cfg.cluster > 1:
-            role.meet()
-
-    return {"prefetch": lambda role, x_gmem: None, "ring": ring, "finish": finish}
+    return {"prefetch": lambda role, x_gmem: None, "ring": ring}
 
 
-def begin(cfg: Any, role: Role, cta: Cta, turn: int) -> int:
-    """The slot of ``turn`` in ``cta``, once nobody can be reading it."""
-    fill, slot = fill_and_slot(cfg, role, turn)
+def begin(cfg: Any, role: Role, turn: int) -> int:
+    """The slot of ``turn``, once nobody can be reading it."""
+    cta, (fill, slot) = role.cta, fill_and_slot(cfg, role, turn)
     where = f"slot {slot} of CTA {cta.number} (turn {turn})"
-    role.require(not cta.gone, f"writes {where}, which has ended; say finish() at the end")
+    role.require(not cta.ring.taken, f"fills {where}, where sums of other CTAs are")
     known = role.knows(role.cta.ring.empty[slot], fill)
     role.require(known, f"fills {where} without having waited until it was empty; say wait_empty(ring, {turn})")
     for consumer in cta.roles[1:]:
@@ -105,7 +106,6 @@ def begin(cfg: Any, role: Role, cta: Cta, turn: int) -> int:
 def producer_words(cfg: Any) -> Words:
     """What fills the ring."""
     blocks, step_blocks = cfg.warpgroups * cfg.blocks, cfg.tile_k // BLOCK
-    share = cfg.tile_t // cfg.cluster  # tokens that one CTA brings for the cluster
 
     def present(row: int, rows: int) -> int:
         return min(max(-(-rows // cfg.height) - row * blocks, 0), blocks)
@@ -115,31 +115,29 @@ def producer_words(cfg: Any) -> Words:
         role.wait(ring.empty[slot], ~fill & 1, turn)
 
     def expect(role: Role, ring: Ring, turn: int, row: int, rows: int) -> None:
-        slot = begin(cfg, role, role.cta, turn)
+        slot = begin(cfg, role, turn)
         ring.full[slot].arrive(str(role), expect=cfg.token_bytes + present(row, rows) * cfg.weight_bytes)
 
     def load_tokens(role: Role, ring: Ring, turn: int, x_gmem: np.ndarray, token: int, step: int) -> None:
-        row = role.cta.rank * share + np.arange(share)[:, None]
-        chunk = np.arange(ROW_BYTES // CHUNK_BYTES)
-        for cta in role.cta.cluster:
-            for j in range(step_blocks):
-                slot = begin(cfg, role, cta, turn)
-                box = box_of(x_gmem, token * cfg.tile_t + row[0, 0], (step * step_blocks + j) * BLOCK, share)
-                first = j * cfg.tile_t * ROW_BYTES
-                target = cta.ring.memory[slot, first : first + cfg.tile_t * ROW_BYTES]
-                target = target.reshape(cfg.tile_t, -1, CHUNK_BYTES)
+        row, chunk = np.arange(cfg.tile_t)[:, None], np.arange(ROW_BYTES // CHUNK_BYTES)
+        for j in range(step_blocks):
+            slot = begin(cfg, role, turn)
+            box = box_of(x_gmem, token * cfg.tile_t, (step * step_blocks + j) * BLOCK, cfg.tile_t)
+            first = j * cfg.tile_t * ROW_BYTES
+            target = ring.memory[slot, first : first + cfg.tile_t * ROW_BYTES]
+            target = target.reshape(cfg.tile_t, -1, CHUNK_BYTES)
 
-                def land(target: np.ndarray = target, box: np.ndarray = box) -> None:
-                    target[row, swizzle_128b(row, chunk)] = box
+            def land(target: np.ndarray = target, box: np.ndarray = box) -> None:
+                target[row, swizzle_128b(row, chunk)] = box
 
-                cta.ring.full[slot].copy(box.nbytes, land)
+            ring.full[slot].copy(box.nbytes, land)
 
     def load_weights(
         role: Role, ring: Ring, turn: int, w_gmem: np.ndarray, row: int, step: int, rows: int, k_blocks: int
     ) -> None:
         packed = w_gmem.reshape(-1, BLOCK_BYTES)
         for i in range(present(row, rows)):
-            slot = begin(cfg, role, role.cta, turn)
+            slot = begin(cfg, role, turn)
             first = (row * blocks + i) * k_blocks + step * step_blocks
             inside = first >= 0 and first + step_blocks <= len(packed)
             role.require(inside, f"load_weights: block {first} is not among the {len(packed)} of w_gmem")
@@ -234,9 +232,7 @@ def consumer_words(cfg: Any) -> Words:
         done = role.released[slot]
         role.require(done == fill, f"releases fill {fill} of slot {slot} (turn {turn}), but has released {done} so far")
         role.released[slot] += 1
-        for cta in role.cta.cluster:
-            role.require(not cta.gone, f"arrives at CTA {cta.number}, which has ended; say finish() at the end")
-            cta.ring.empty[slot].arrive(str(role), times=4)
+        ring.empty[slot].arrive(str(role), times=4)
 
     return {
         "accumulator": accumulator,

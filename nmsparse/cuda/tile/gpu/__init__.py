@@ -13,6 +13,7 @@ from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES, VALUE_BYTES
 from ...ptx import barrier, copy, memory, wgmma
 from ...ptx.numba_glue import address_of, callable_of, registers, teach
+from .cluster import cluster_words
 from .epilogue import store_words
 from .numbers import cta_count, cta_number, lane_number, thread_number, warp_number
 from .store import partial_words, sequence
@@ -27,6 +28,7 @@ for function in (
     schedule.whole_tiles,
     schedule.pieces,
     schedule.piece,
+    schedule.part_of,
     schedule.place,
     schedule.run_of,
     schedule.nth,
@@ -53,45 +55,43 @@ def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, as a module that a kernel text receives."""
     tile = ModuleType("tile")
     tile.PRODUCER = -1
-    for part in (place_words, ring_words, producer_words, consumer_words, partial_words, store_words):
+    for part in (place_words, ring_words, producer_words, consumer_words, partial_words, cluster_words, store_words):
         for word, function in part(cfg).items():
             setattr(tile, word, function)
     return tile
 
 
 def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    TILE_M, TILE_T, STEP, CLUSTER, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, cfg.cluster, cfg.group
-    rank = callable_of(memory.cluster_rank)
-    pieces_of, piece_of, place_of = schedule.pieces, schedule.piece, schedule.place
-
-    @jit
-    def worker():
-        return i32(cta_number() // u32(CLUSTER))
-
-    @jit
-    def workers():
-        return i32(cta_count() // u32(CLUSTER))
+    TILE_M, TILE_T, STEP, SHARES, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, bool(cfg.clusters), cfg.group
+    pieces_of, piece_of, part_of, place_of = schedule.pieces, schedule.piece, schedule.part_of, schedule.place
 
     @jit
     def grid(rows, tokens, k_blocks):
-        high = TILE_M * CLUSTER
-        return (rows + high - 1) // high, (tokens + TILE_T - 1) // TILE_T, k_blocks // STEP
+        return (rows + TILE_M - 1) // TILE_M, (tokens + TILE_T - 1) // TILE_T, k_blocks // STEP
+
+    @jit
+    def cluster(split, parts):
+        if SHARES and split == 0:
+            return i32(parts)
+        return i32(1)
 
     @jit
     def pieces(tiles, split, parts):
-        return pieces_of(worker(), workers(), tiles, split, parts)
+        if cluster(split, parts) > 1:
+            return i32(1)
+        return i32(pieces_of(i32(cta_number()), i32(cta_count()), tiles, split, parts))
 
     @jit
     def piece(index, tiles, split, parts, steps):
-        number, first, last = piece_of(index, worker(), workers(), tiles, split, parts, steps)
+        if cluster(split, parts) > 1:
+            number, first, last = part_of(i32(cta_number()), parts, steps)
+            return i32(number), i32(first), i32(last)
+        number, first, last = piece_of(index, i32(cta_number()), i32(cta_count()), tiles, split, parts, steps)
         return i32(number), i32(first), i32(last)
 
     @jit
     def place(number, row_tiles, token_tiles):
-        row, token = place_of(number, row_tiles, token_tiles, GROUP)
-        if CLUSTER > 1:
-            row = row * CLUSTER + i32(rank())
-        return row, token
+        return place_of(number, row_tiles, token_tiles, GROUP)
 
     @jit
     def role():
@@ -101,29 +101,27 @@ def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def elect():
         return thread_number() == 0
 
-    return {"grid": grid, "pieces": pieces, "piece": piece, "place": place, "role": role, "elect": elect}
+    return {
+        "grid": grid,
+        "cluster": cluster,
+        "pieces": pieces,
+        "piece": piece,
+        "place": place,
+        "role": role,
+        "elect": elect,
+    }
 
 
 def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    STAGES, CLUSTER = cfg.stages, cfg.cluster
-    ARRIVALS = 4 * cfg.warpgroups * CLUSTER  # one of each consumer warp
+    STAGES = cfg.stages
+    ARRIVALS = 4 * cfg.warpgroups  # one of each consumer warp
     BARRIERS, FILLERS = cfg.barrier_offset, cfg.fillers
     to_shared, init = callable_of(memory.cvta_shared), callable_of(barrier.init)
     fence_init, fence_async = callable_of(memory.fence_mbarrier_init), callable_of(memory.fence_proxy_async)
-    block_barrier, wait = callable_of(barrier.block_barrier), callable_of(barrier.wait)
-    cluster_arrive, cluster_wait = callable_of(barrier.cluster_arrive), callable_of(barrier.cluster_wait)
-    arrive, arrive_remote = callable_of(barrier.arrive), callable_of(barrier.arrive_remote)
-    rank, warp_barrier = callable_of(memory.cluster_rank), callable_of(barrier.warp_barrier)
+    block_barrier, warp_barrier = callable_of(barrier.block_barrier), callable_of(barrier.warp_barrier)
+    wait, arrive = callable_of(barrier.wait), callable_of(barrier.arrive)
     give = callable_of(memory.set_max_registers(cfg.producer_registers, grow=False))
     take = callable_of(memory.set_max_registers(cfg.consumer_registers, grow=True))
-
-    @jit
-    def meet():
-        if CLUSTER > 1:
-            cluster_arrive()
-            cluster_wait()
-        else:
-            block_barrier()
 
     @jit
     def ring():
@@ -132,9 +130,10 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             for slot in range(STAGES):
                 init(base + BARRIERS + 8 * slot, FILLERS)
                 init(base + BARRIERS + 8 * (STAGES + slot), ARRIVALS)
+            init(base + BARRIERS + 16 * STAGES, 1)
             fence_init()
             fence_async()
-        meet()
+        block_barrier()
         return u32(base)
 
     @jit
@@ -149,15 +148,7 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def release(ring, turn):
         warp_barrier()  # all lanes have read their metadata
         if lane_number() == 0:
-            empty = ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES))
-            arrive(empty)
-            for other in range(1, CLUSTER):
-                arrive_remote(empty, (rank() + u32(other)) % u32(CLUSTER))
-
-    @jit
-    def finish():
-        if CLUSTER > 1:  # a CTA stays until its peers no longer write to its ring
-            meet()
+            arrive(ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES)))
 
     @jit
     def give_registers():
@@ -172,22 +163,17 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         "wait_full": wait_full,
         "wait_empty": wait_empty,
         "release": release,
-        "finish": finish,
         "give_registers": give_registers,
         "take_registers": take_registers,
     }
 
 
 def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    STAGES, SLOT, CLUSTER, BLOCKS = cfg.stages, cfg.slot_bytes, cfg.cluster, cfg.warpgroups * cfg.blocks
+    STAGES, SLOT, BLOCKS = cfg.stages, cfg.slot_bytes, cfg.warpgroups * cfg.blocks
     STEP, TILE_T, TOKENS, WEIGHTS = cfg.tile_k // BLOCK, cfg.tile_t, cfg.token_bytes, cfg.weight_bytes
     BARRIERS, HEIGHT = cfg.barrier_offset, cfg.height
-    SHARE = TILE_T // CLUSTER  # tokens that one CTA of the cluster brings for all
-    EVERYONE = (1 << CLUSTER) - 1
-    prefetch_map = callable_of(copy.tensor_prefetch)
+    prefetch_map, load = callable_of(copy.tensor_prefetch), callable_of(copy.tensor_load())
     expect_bytes, bulk = callable_of(barrier.expect_bytes), callable_of(copy.bulk_load(cfg.weights_hint))
-    load, multicast = callable_of(copy.tensor_load()), callable_of(copy.tensor_load(multicast=True))
-    rank = callable_of(memory.cluster_rank)
 
     @jit
     def present(row, rows):
@@ -209,12 +195,7 @@ def producer_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         slot = u32(turn) % u32(STAGES)
         full, to = ring + BARRIERS + 8 * slot, ring + slot * u32(SLOT)
         for j in range(STEP):
-            if CLUSTER > 1:
-                first = i32(rank()) * SHARE
-                at = to + (j * TILE_T + first) * 128
-                multicast(at, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T + first, full, EVERYONE)
-            else:
-                load(to + j * TILE_T * 128, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T, full)
+            load(to + j * TILE_T * 128, x_gmem, (step * STEP + j) * BLOCK, token * TILE_T, full)
 
     def load_block(i):
         @jit
@@ -298,7 +279,7 @@ def sparse_product(cfg: Any, tokens: int) -> Callable[..., Any]:
         slot = ring + (u32(turn) % u32(STAGES)) * u32(SLOT)
         weights = slot + TOKENS + (thread_number() // u32(128) - u32(1)) * u32(BLOCKS * WEIGHTS)
         word = (warp_number() % u32(4) * u32(16) + lane_number() // u32(4) * u32(2) + lane_number() % u32(2)) * u32(8)
-        # A shared address in a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
+        # In a cluster, a shared address of a CTA of rank ≥ 1 has high bits that a descriptor has no room for.
         a = u64((weights & u32(0x3FFFF)) >> u32(4)) | A_DESCRIPTOR
         b = u64((slot & u32(0x3FFFF)) >> u32(4)) | B_DESCRIPTOR
         load_all(meta, u32(weights + u32(VALUE_BYTES) + word))

@@ -51,10 +51,10 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     all_biases = collect([biases(block) for block in range(BLOCKS)])
 
     @jit
-    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
+    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch, cluster):
         group, thread = read_consumer()
         first = i32(row * TILE_M + i32(group - u32(1)) * (BLOCKS * BLOCK))
         bias = all_biases(bias_gmem, i32(first + i32(row_of(thread))), rows)
-        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch)
+        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch, cluster)
 
     return {"store": store}

@@ -28,7 +28,7 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     def store(acc, ring, y_gmem, row, first, end, outputs, pitch):
         group, thread = read_consumer()
         mine = i32((row * WARPGROUPS + i32(group - u32(1))) * OUTPUTS)
-        store_all(acc, ring, thread, group, 0, y_gmem, mine, outputs, i32(first), i32(end), pitch)
+        store_all(acc, ring, thread, group, 0, y_gmem, mine, outputs, i32(first), i32(end), pitch, 1)
 
     return {"store": store}
 

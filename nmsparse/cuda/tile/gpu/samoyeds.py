@@ -14,6 +14,7 @@ from ...layout import BLOCK
 from ...ptx import arithmetic, memory
 from ...ptx.numba_glue import callable_of
 from . import consumer_words, place_words, producer_words, ring_words
+from .cluster import cluster_words
 from .numbers import read_consumer, row_of, thread_number
 from .staging import make_stage_pairs, make_store
 from .store import make_bias, partial_words, sequence
@@ -34,6 +35,7 @@ def make(cfg: Any) -> ModuleType:
         consumer_words,
         run_words,
         partial_words,
+        cluster_words,
         store_words,
     ):
         for word, function in part(cfg).items():
@@ -121,7 +123,7 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     store_all = make_store(cfg, HEIGHT, make_stage_pairs(cfg, (row(0), row(1))))
 
     @jit
-    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch):
+    def store(acc, ring, y_gmem, bias_gmem, row, token, rows, tokens, pitch, cluster):
         group, thread = read_consumer()
         first = i32(row * TILE_M + i32(group - u32(1)) * HEIGHT)
         at = i32(first + i32(row_of(thread) * u32(2)))
@@ -131,6 +133,6 @@ def store_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             bias_of(bias_gmem, i32(at + 16), rows),
             bias_of(bias_gmem, i32(at + 17), rows),
         )
-        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch)
+        store_all(acc, ring, thread, group, bias, y_gmem, first, rows, i32(token * TILE_T), tokens, pitch, cluster)
 
     return {"store": store}

@@ -15,6 +15,7 @@ from numba.cuda import types
 
 from ...ptx import barrier, matrix, memory
 from ...ptx.numba_glue import callable_of
+from .cluster import make_owns
 from .store import sequence, write_line
 
 __all__ = ["make_stage_pairs", "make_stage_rows", "make_store"]
@@ -32,10 +33,11 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
 
     ``stage_of(t)(acc, at, thread, extra)`` puts the outputs of the tokens from t on, ``cfg.chunk`` of them, into a
     buffer, where token 0 begins at ``at`` or would. ``cfg.staged_tokens`` have room in each of ``cfg.buffers``; of two,
-    one is written while the other is read.
+    one is written while the other is read. CTAs of a cluster store the outputs of their own warps.
     """
     STAGING, STAGING_BYTES, STAGED = cfg.staging_offset, cfg.staging_bytes, cfg.staged_tokens
-    PITCH, BUFFERS = cfg.staged_token_bytes, cfg.buffers
+    PITCH, BUFFERS, PIECES = cfg.staged_token_bytes, cfg.buffers, outputs // 8
+    owns = make_owns(cfg)
 
     def stage_chunk(t):
         stage = stage_of(t)
@@ -68,7 +70,9 @@ def make_store(cfg: Any, outputs: int, stage_of: Callable[[int], Callable[..., N
     store_all = sequence([store_staged(i) for i in range(-(-cfg.tile_t // STAGED))])
 
     @jit
-    def store(acc, ring, thread, group, extra, y_gmem, first, rows, token, end, pitch):
+    def store(acc, ring, thread, group, extra, y_gmem, first, rows, token, end, pitch, cluster):
+        if not owns(u32(u32(group - u32(1)) * u32(4) + thread % u32(PIECES) // u32(PIECES // 4)), cluster):
+            rows = i32(0)  # what this thread would send is of another CTA's warps
         staging = u32(ring + u32(STAGING) + u32(group - u32(1)) * u32(STAGING_BYTES))
         store_all(acc, staging, thread, group, extra, y_gmem, first, rows, token, i32(end - token), pitch)
 

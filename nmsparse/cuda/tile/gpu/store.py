@@ -74,7 +74,7 @@ def write_line(at, a, b, c, d, row, rows):
 
 
 def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
-    WARPGROUPS, CLUSTER, QUADS = cfg.warpgroups, cfg.cluster, cfg.sums // 4
+    WARPGROUPS, QUADS = cfg.warpgroups, cfg.sums // 4
     sync = callable_of(barrier.named_barrier(128))
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
@@ -123,13 +123,13 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
         # Each thread waits for the flag of one peer, so the waits overlap; the sums are added in the order of k.
         thread, block = read_thread(), cta_number()
         for part in range(i32(1) + i32(thread % u32(128)), i32(parts), i32(128)):
-            flag = flag_gmem + u64(slot_of(u32(block + u32(part * split * CLUSTER)), thread)) * u64(4)
+            flag = flag_gmem + u64(slot_of(u32(block + u32(part * split)), thread)) * u64(4)
             while acquire(flag) == 0:
                 pass
             release(flag, 0)
         sync(u32(thread // u32(128)))
         for part in range(i32(1), i32(parts)):
-            add_all(acc, address(partial_gmem, slot_of(u32(block + u32(part * split * CLUSTER)), thread), thread))
+            add_all(acc, address(partial_gmem, slot_of(u32(block + u32(part * split)), thread), thread))
 
     return {"store_partial": store_partial, "add_partials": add_partials}
 
