@@ -89,6 +89,7 @@ EPILOGUE = 1.0e-6  # seconds after a tile of Samoyeds with 128 tokens in which n
 POWER = 0.125  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
+CLUSTERED = 256  # tokens up to which clusters share tiles: (2048, 1024, 1408) took a third more
 ACTIVE_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}  # cuOccupancyMaxActiveClusters, one CTA an SM
 
 H200 = Device(sms=132, memory=4.2e12)
@@ -174,7 +175,7 @@ def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device)
         for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
             workers = most if tiles > most else split * parts
             yield _plan(config, problem, device, workers, split, parts)
-    for cluster in getattr(config, "clusters", ()):
+    for cluster in getattr(config, "clusters", ()) if problem.tokens <= CLUSTERED else ():
         if cluster <= steps and tiles <= device.clusters(cluster):
             yield _plan(config, problem, device, tiles * cluster, 0, cluster)
 
@@ -195,7 +196,7 @@ def _plan(
     cold = (weights + padding) / stream if problem.tokens <= 2 * config.tile_t else 0.0
     brought = (weights + config.token_bytes) / device.feed
     multiplied = flops / device.multiply(config)
-    if pairs:
+    if problem.run:
         multiplied += END * min(config.tile_t / 128, 1) * config.tile_k / problem.run
         brought += STEP
     step = max(multiplied, brought, cold)
