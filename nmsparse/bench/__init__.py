@@ -69,7 +69,7 @@ def suite(name: str, args: argparse.Namespace) -> Callable[[], list[dict]]:
     """The function that runs one suite and returns its rows."""
     module = importlib.import_module(f".{MODULES.get(name, name)}", __name__)
     if name == "gemm":
-        return functools.partial(module.run, args.quick)
+        return functools.partial(module.run, args.quick, args.budget_seconds)
     return functools.partial(module.run, args) if name in (*GPU_SUITES, "accuracy") else module.run
 
 

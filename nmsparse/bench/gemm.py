@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -60,19 +61,26 @@ def cases(dtypes: Sequence[str] = DTYPES) -> Iterator[Case]:
         yield from (Case(rows, tokens, columns, dtype) for rows, tokens, columns in ODD)
 
 
-def run(quick: bool = False) -> list[dict]:
-    """Checks, then times each case; prints a line for each, then the bars. ``quick``: float16 only, no cuSPARSELt."""
+def run(quick: bool = False, budget_seconds: float = math.inf) -> list[dict]:
+    """Checks, then times each case; prints a line for each, then the bars. ``quick``: float16 only, no cuSPARSELt.
+
+    After ``budget_seconds`` no new case begins, nor the comparison with cuSPARSELt; bars need all cases.
+    """
     torch = require("torch", "torch")
+    stop = time.perf_counter() + budget_seconds
     torch.manual_seed(0)
     hosts = host_times(torch)  # before the profiler is used: it stays, and slows every call of the driver
     measured = []
     for case in cases(DTYPES[:1] if quick else DTYPES):
+        if time.perf_counter() > stop:
+            print(f"{tuple(case)} and what follows: left out, the time is spent")
+            return measured + hosts
         for row in measure(torch, case):
             measured.append(row)
             times = "  ".join(f"{name} {row[name] * 1e6:8.1f}" for name in ("ours", "cublas"))
             print(f"{case.rows:6d} {case.tokens:5d} {case.columns:6d} {case.dtype:9} {row['pattern']:16} µs: {times}   "
                   f"{row['tflops']:6.0f} TFLOP/s eq  x{row['over_cublas']:.2f}  {row['config']}")  # fmt: skip
-    if not quick:
+    if not quick and time.perf_counter() < stop:
         compare_with_cusparselt([row for row in measured if row["pattern"] == "2:4"])
     return measured + bars(measured) + hosts
 

@@ -31,18 +31,18 @@ class Device:
     sms: int
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
-    feed: float = 92e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 55e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 81e9  # and with that of two, which holds more
-    reread: float = 45e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
-    reread_16: float = 3.5e12  # the same of more than eight tokens, which take twice the registers
+    feed: float = 92.3e9  # bytes/s into the shared memory of one SM, from L2
+    stream: float = 54.7e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 79e9  # and with that of two, which holds more
+    reread: float = 45.5e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
+    reread_16: float = 2.45e12  # the same of more than eight tokens, which take twice the registers
     start: float = 2.45e-6  # launch of the kernel for few tokens
     launch: float = 1.8e-6  # launch of a pipelined kernel, until its ring is filled
-    exchange: float = 2.0e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.05e-6  # for each part of a tile
-    exchange_feed: float = 44e9  # bytes/s of the partial sums of a CTA
-    meet: float = 1.05e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
-    cluster_feed: float = 20e9  # bytes/s of sums from the other CTAs of a cluster
+    exchange: float = 1.67e-6  # of partial sums between CTAs, besides the bytes
+    exchange_part: float = 0.2e-6  # for each part of a tile
+    exchange_feed: float = 57e9  # bytes/s of the partial sums of a CTA
+    meet: float = 1.0e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
+    cluster_feed: float = 27e9  # bytes/s of sums from the other CTAs of a cluster
 
     @property
     def hopper(self) -> bool:
@@ -75,18 +75,18 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-SAMOYEDS = ((96, 2350e12), (64, 1222e12))
-STEP = 0.03e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
-END = 0.09e-6  # seconds of the additions at the end of a run, of 128 tokens and more
-GEMV_SAMOYEDS = {8: 4.0e12, 16: 4.2e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
-REREAD_SAMOYEDS = 5.4e12  # bytes/s of tokens, of this kernel
-COPIED = 1.04  # how much more the copy engine gets from the memory than loads do
+SAMOYEDS = ((96, 2390e12), (64, 1222e12))
+STEP = 0.028e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
+END = 0.154e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
+GEMV_SAMOYEDS = {8: 3.86e12, 16: 4.18e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
+REREAD_SAMOYEDS = 5.54e12  # bytes/s of tokens, of this kernel
+COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
 ROUND = 0.46e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-WAVE = 0.41e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-UNEVEN = 0.36
-ADD = 0.0127e-6  # seconds for the sums of a warp
-EPILOGUE = 1.0e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.125  # how much faster few SMs are than all of them, which draw more power
+WAVE = 0.445e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
+UNEVEN = 0.343
+ADD = 0.0071e-6  # seconds for the sums of a warp
+EPILOGUE = 1.54e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.227  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 CLUSTERED = 256  # tokens up to which clusters share tiles: (2048, 1024, 1408) took a third more
@@ -197,7 +197,7 @@ def _plan(
     brought = (weights + config.token_bytes) / device.feed
     multiplied = flops / device.multiply(config)
     if problem.run:
-        multiplied += END * min(config.tile_t / 128, 1) * config.tile_k / problem.run
+        multiplied += END * config.tile_k / problem.run if config.tile_t == 128 else 0.0
         brought += STEP
     step = max(multiplied, brought, cold)
     partial = 4 * config.tile_m * config.tile_t
@@ -262,7 +262,7 @@ def choose(problem: Problem, device: Device = H200) -> Plan:
     >>> plan.config.tile_m, plan.config.tile_t, plan.workers
     (128, 256, 128)
     """
-    best = min(plans(problem, device), key=lambda plan: (plan.seconds, plan.config.tile_t), default=None)
+    best = min(plans(problem, device), key=lambda plan: (plan.seconds, plan.workers, plan.config.tile_t), default=None)
     if best is None:
         raise NMSparseError(f"no kernel for {problem} on {device.arch}; V:N:M needs v as a multiple of 64")
     if os.environ.get("NMSPARSE_PRINT_CONFIG") == "1":

@@ -151,7 +151,7 @@ class GemmConfig(PairRows):
         """How many CTAs may form a cluster that shares a tile along k, as few tokens need: the ring has room for what
         the others send to one of them, the sums of its warps.
         """
-        if self.blocks > 1 or self.warpgroups > 2 or self.tile_t > 128:
+        if self.blocks > 1 or self.warpgroups > 2 or self.tile_t not in (8, 16, 32, 64, 128):
             return ()
         warps, sums = 4 * self.warpgroups, 32 * 4 * self.sums
         return tuple(c for c in range(2, 9) if -(-warps // c) * (c - 1) * sums <= self.staging_offset)

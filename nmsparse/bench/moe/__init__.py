@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--budget-seconds", type=float, default=400, metavar="S",
-        help="no new case of a model after its share of S seconds (default: 400)",
+        help="moe: no new case of a model after its share of S seconds; gemm: none after S (default: 400)",
     )  # fmt: skip
 
 
