@@ -83,7 +83,7 @@ REREAD_SAMOYEDS = 5.54e12  # bytes/s of tokens, of this kernel
 COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
 ROUND = 0.46e-6  # seconds of a trip to memory with all blocks that a CTA has under way
 WAVE = 0.445e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-UNEVEN = 0.343
+UNEVEN = 0.343  # of the time for the bytes, for each CTA that the busiest SM has more than the mean
 ADD = 0.0071e-6  # seconds for the sums of a warp
 EPILOGUE = 1.54e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
 POWER = 0.227  # how much faster few SMs are than all of them, which draw more power
@@ -139,6 +139,13 @@ class Plan:
     split: int
     parts: int
     seconds: float
+
+    def __post_init__(self) -> None:
+        if self.cluster > 1 and self.cluster not in (fit := getattr(self.config, "clusters", ())):
+            raise NMSparseError(
+                f"{self.config.name}: clusters of {self.cluster} CTAs cannot share a tile; expected one of {fit}, or "
+                "split tiles"
+            )
 
     @property
     def cluster(self) -> int:

@@ -138,13 +138,18 @@ class GemmConfig(PairRows):
 
     @property
     def barrier_offset(self) -> int:
-        """Where the barriers begin, 8 bytes each: the full ones, the empty ones, that of a cluster's sums."""
+        """Where the barriers begin, 8 bytes each: the full ones, then the empty ones."""
         return self.staging_offset + self.warpgroups * self.staging_bytes
+
+    @property
+    def sums_barrier(self) -> int:
+        """Where the barrier is that counts the sums from a cluster."""
+        return self.barrier_offset + 16 * self.stages
 
     @property
     def shared_bytes(self) -> int:
         """Ring, epilogue and barriers."""
-        return self.barrier_offset + 16 * self.stages + 8
+        return self.sums_barrier + 8
 
     @property
     def clusters(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nmsparse import NMSparseError
 from nmsparse.cuda import choose
 from nmsparse.cuda.choose import H200, Problem, candidates
 from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
@@ -66,6 +67,14 @@ def test_candidates_share_all_tiles(rows, tokens, config):
     for plan in candidates(config, problem, H200):
         assert (tiles - plan.split) % plan.workers == 0 or plan.split == 0
         assert plan.workers <= max(tiles, plan.split * plan.parts, tiles * plan.cluster)
+
+
+def test_a_plan_says_which_clusters_fit():
+    config = GemmConfig()
+    assert config.clusters == ()
+    with pytest.raises(NMSparseError, match="clusters of 2 CTAs cannot share a tile"):
+        choose.Plan(config, 4, 0, 2, 0.0)
+    assert choose.Plan(config, 4, 2, 2, 0.0).cluster == 1
 
 
 def test_few_tokens_do_not_take_the_large_tile():

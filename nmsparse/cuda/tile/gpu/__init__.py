@@ -115,7 +115,7 @@ def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     STAGES = cfg.stages
     ARRIVALS = 4 * cfg.warpgroups  # one of each consumer warp
-    BARRIERS, FILLERS = cfg.barrier_offset, cfg.fillers
+    BARRIERS, SUMS_BARRIER, FILLERS = cfg.barrier_offset, cfg.sums_barrier, cfg.fillers
     to_shared, init = callable_of(memory.cvta_shared), callable_of(barrier.init)
     fence_init, fence_async = callable_of(memory.fence_mbarrier_init), callable_of(memory.fence_proxy_async)
     block_barrier, warp_barrier = callable_of(barrier.block_barrier), callable_of(barrier.warp_barrier)
@@ -130,7 +130,7 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             for slot in range(STAGES):
                 init(base + BARRIERS + 8 * slot, FILLERS)
                 init(base + BARRIERS + 8 * (STAGES + slot), ARRIVALS)
-            init(base + BARRIERS + 16 * STAGES, 1)
+            init(base + SUMS_BARRIER, 1)
             fence_init()
             fence_async()
         block_barrier()

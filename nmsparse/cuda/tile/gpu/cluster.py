@@ -43,7 +43,7 @@ def make_owns(cfg: Any) -> Callable[..., Any]:
 
 def cluster_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     """``reduce_scatter`` for ``cfg``."""
-    WARPS, QUADS, ARRIVED = 4 * cfg.warpgroups, cfg.sums // 4, cfg.barrier_offset + 16 * cfg.stages
+    WARPS, QUADS, ARRIVED = 4 * cfg.warpgroups, cfg.sums // 4, cfg.sums_barrier
     SUMS_BYTES = QUADS * 512  # of a warp
     arrive, wait = callable_of(barrier.cluster_arrive_relaxed), callable_of(barrier.cluster_wait)
     expect_bytes, wait_bytes = callable_of(barrier.expect_bytes), callable_of(barrier.wait)
