@@ -17,7 +17,7 @@ from ... import schedule
 from ...ptx import barrier, memory
 from ...ptx.numba_glue import callable_of, teach
 from .numbers import read_thread
-from .store import sequence
+from .store import make_add, sequence
 
 __all__ = ["cluster_words", "make_owns"]
 
@@ -57,18 +57,7 @@ def cluster_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
         return part
 
-    def add_quad(i):
-        @jit
-        def part(acc, at):
-            a, b, c, d = get(u32(at + u32(i * 512)))
-            acc[4 * i] += a
-            acc[4 * i + 1] += b
-            acc[4 * i + 2] += c
-            acc[4 * i + 3] += d
-
-        return part
-
-    send_all, add_all = sequence([send_quad(i) for i in range(QUADS)]), sequence([add_quad(i) for i in range(QUADS)])
+    send_all, add_all = sequence([send_quad(i) for i in range(QUADS)]), make_add(QUADS, get, 512, u32)
 
     @jit
     def first_warp(owner, cluster):

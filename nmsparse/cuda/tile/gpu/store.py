@@ -73,6 +73,23 @@ def write_line(at, a, b, c, d, row, rows):
         _write_pair(at + u64(12), d, row + 6, rows)
 
 
+def make_add(quads: int, get: Callable[..., Any], pitch: int, address: Any) -> Callable[..., None]:
+    """``acc[4i : 4i + 4] += get(at + i·pitch)`` for ``quads`` quads, at addresses of type ``address``."""
+
+    def add_quad(i):
+        @jit
+        def part(acc, at):
+            a, b, c, d = get(address(at + address(i * pitch)))
+            acc[4 * i] += a
+            acc[4 * i + 1] += b
+            acc[4 * i + 2] += c
+            acc[4 * i + 3] += d
+
+        return part
+
+    return sequence([add_quad(i) for i in range(quads)])
+
+
 def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     WARPGROUPS, QUADS = cfg.warpgroups, cfg.sums // 4
     sync = callable_of(barrier.named_barrier(128))
@@ -86,18 +103,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
         return part
 
-    def add_quad(i):
-        @jit
-        def part(acc, at):
-            a, b, c, d = get(at + u64(i * 2048))
-            acc[4 * i] += a
-            acc[4 * i + 1] += b
-            acc[4 * i + 2] += c
-            acc[4 * i + 3] += d
-
-        return part
-
-    put_all, add_all = sequence([put_quad(i) for i in range(QUADS)]), sequence([add_quad(i) for i in range(QUADS)])
+    put_all, add_all = sequence([put_quad(i) for i in range(QUADS)]), make_add(QUADS, get, 2048, u64)
 
     # The number of the thread is read anew: nothing that hangs on it takes registers during the products.
     @jit
