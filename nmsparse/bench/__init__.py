@@ -6,6 +6,7 @@ import argparse
 import functools
 import importlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -69,7 +70,7 @@ def suite(name: str, args: argparse.Namespace) -> Callable[[], list[dict]]:
     """The function that runs one suite and returns its rows."""
     module = importlib.import_module(f".{MODULES.get(name, name)}", __name__)
     if name == "gemm":
-        return functools.partial(module.run, args.quick, args.budget_seconds)
+        return functools.partial(module.run, args.quick, args.budget_seconds or math.inf)
     return functools.partial(module.run, args) if name in (*GPU_SUITES, "accuracy") else module.run
 
 

@@ -76,7 +76,7 @@ class Device:
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((96, 2390e12), (64, 1222e12))
-STEP = 0.028e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which the products do not wait
+STEP = 0.028e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
 END = 0.154e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
 GEMV_SAMOYEDS = {8: 3.86e12, 16: 4.18e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
 REREAD_SAMOYEDS = 5.54e12  # bytes/s of tokens, of this kernel
@@ -203,7 +203,7 @@ def _plan(
     cold = (weights + padding) / stream if problem.tokens <= 2 * config.tile_t else 0.0
     brought = (weights + config.token_bytes) / device.feed
     multiplied = flops / device.multiply(config)
-    if problem.run:
+    if problem.run and isinstance(config, GemmConfig):
         multiplied += END * config.tile_k / problem.run if config.tile_t == 128 else 0.0
         brought += STEP
     step = max(multiplied, brought, cold)

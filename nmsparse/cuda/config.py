@@ -122,7 +122,7 @@ class GemmConfig(PairRows):
         """
         if not self.pairs:
             return self.chunk
-        barriers = 128  # of up to eight slots
+        barriers = 128  # of seven slots, and of sums
         room = SHARED_MEMORY - barriers - 3 * self.slot_bytes * (2 * BLOCK // self.tile_k)
         return min(self.tile_t, room // (self.warpgroups * self.staged_token_bytes) // 16 * 16)
 
@@ -153,8 +153,8 @@ class GemmConfig(PairRows):
 
     @property
     def clusters(self) -> tuple[int, ...]:
-        """How many CTAs may form a cluster that shares a tile along k, as few tokens need: the ring has room for what
-        the others send to one of them, the sums of its warps.
+        """How many CTAs may form a cluster that shares a tile along k: the ring has room for what the others send to
+        one of them, the sums of its warps. Tiles of 96 tokens lose 15 % (benchmarks/LOG.md).
         """
         if self.blocks > 1 or self.warpgroups > 2 or self.tile_t not in (8, 16, 32, 64, 128):
             return ()
@@ -187,7 +187,7 @@ class GemmConfig(PairRows):
         if self.group < 1:
             found.append(f"group={self.group}: at least one row tile at a time")
         if self.warpgroups not in (1, 2, 3):
-            return [f"warpgroups={self.warpgroups}: one to three consumers; more leave each too few registers"]
+            return [*found, f"warpgroups={self.warpgroups}: one to three consumers; more leave each too few registers"]
         if self.blocks not in (1, 2):
             found.append(f"blocks={self.blocks}: a consumer has registers for 64 or 128 rows")
         if self.pairs and self.blocks != 1:
@@ -203,6 +203,13 @@ class GemmConfig(PairRows):
         room = 32 if self.pairs else 56 if self.blocks == 1 else 80
         if self.sums + room > self.consumer_registers:
             found.append(f"registers: {self.sums} sums a thread leave no room in {self.consumer_registers}")
+        if self.producer_registers + self.warpgroups * self.consumer_registers > 512:
+            found.append(
+                f"registers: {self.warpgroups} consumers with {self.consumer_registers} leave the producer none"
+            )
+        launch = 65536 // self.threads // 8 * 8
+        if self.tile_t // 2 + 27 > launch:
+            found.append(f"registers: ptxas needs {self.tile_t // 2 + 27} for an instruction, a launch has {launch}")
         return found
 
 
@@ -272,8 +279,8 @@ class GemvConfig:
 
 
 # The shapes that `choose` picks from. Large tiles for many tokens: sums fill the registers, a step of 64 leaves room
-# for five slots. Small tiles stream the weights once, which do not stay in the L2
-# cache; about 100 KB of an SM under way reach the memory's bandwidth, and twice as much lose a few percent of it.
+# for five slots. Small tiles stream the weights once, which do not stay in the L2 cache; about 100 KB of an SM under
+# way reach the memory's bandwidth, and twice as much lose a few percent of it.
 SHIPPED = (
     GemmConfig(group=16),
     GemmConfig(tile_t=192, stages=6),

@@ -114,12 +114,24 @@ def runs_of(weight: SparseArray) -> int:
     return 0
 
 
+def check_clusters(plan: Plan, rows: int, tokens: int, k_blocks: int) -> None:
+    """Raise unless each tile has a cluster, if CTAs come in clusters, and each CTA a step."""
+    config, cluster = plan.config, plan.cluster
+    tiles, steps = -(-rows // config.tile_m) * -(-tokens // config.tile_t), k_blocks * BLOCK // config.tile_k
+    if cluster > 1 and (plan.workers != tiles * cluster or cluster > steps):
+        raise NMSparseError(
+            f"matmul: expected {cluster} CTAs for each of {tiles} tiles with {steps} steps, at least one a CTA, got a "
+            f"plan of {plan.workers}"
+        )
+
+
 class GemmLaunch(Launch):
     """The ``wgmma.sp`` kernel; its tokens come through a tensor map, which is of an address."""
 
     mapped = True
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        check_clusters(plan, weight.rows, tokens, weight.blocks.shape[1])
         super().__init__(weight, plan, tokens)
         self.box = plan.config.tile_t, BLOCK
         self.head, self.tail = (weight.blocks.pointer,), (weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces)

@@ -18,7 +18,19 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 
 from __future__ import annotations
 
-__all__ = ["divide", "nth", "owner_of", "part_of", "piece", "pieces", "place", "run_of", "share", "whole_tiles"]
+__all__ = [
+    "divide",
+    "first_warp",
+    "nth",
+    "owner_of",
+    "part_of",
+    "piece",
+    "pieces",
+    "place",
+    "run_of",
+    "share",
+    "whole_tiles",
+]
 
 SHIFT = 37  # a prime
 
@@ -84,6 +96,15 @@ def owner_of(warp, cluster, warps):
     [0, 0, 0, 0, 1, 1, 1, 1]
     """
     return warp * cluster // warps
+
+
+def first_warp(rank, cluster, warps):
+    """The first consumer warp that CTA ``rank`` of a cluster owns, or the next one's if it owns none.
+
+    >>> [first_warp(rank, 3, 8) for rank in range(4)]
+    [0, 3, 6, 8]
+    """
+    return divide(rank * warps + cluster - 1, cluster)
 
 
 def run_of(step, run_steps):

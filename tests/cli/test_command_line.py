@@ -228,7 +228,8 @@ def test_convert_shows_a_bar_on_a_terminal_only(model, tmp_path):
 def test_convert_stopped_by_ctrl_c(model, tmp_path):
     """A real SIGINT in the middle of the writing."""
     code = (
-        "import os, signal\nfrom nmsparse.io import conversion\nwrite = conversion.write_file\n"
+        "import os, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it behind &\n"
+        "from nmsparse.io import conversion\nwrite = conversion.write_file\n"
         "def write_and_stop(*arguments):\n    write(*arguments)\n    os.kill(os.getpid(), signal.SIGINT)\n"
         "conversion.write_file = write_and_stop"
     )

@@ -68,7 +68,7 @@ def test_gpu_every_shipped_kernel(torch, run):
     shipped = [c for c in SHIPPED_SAMOYEDS if c.tile_k == step] if run else SHIPPED
     launch.compile_all([replace(c, bias=True) for c in shipped], launch.arch_of(0))
     pattern = f"samoyeds:1:2:{run}" if run else "2:4"
-    for rows, tokens, columns in ((1000, 7, 1096), (1408, 300, 2048)):
+    for rows, tokens, columns in ((1000, 7, 1096), (1000, 150, 1096), (1408, 300, 2048)):
         weight, dense, x = operands(torch, rows, tokens, columns, torch.float16, pattern)
         bias = torch.randn(rows, device="cuda", dtype=torch.float16)
         exact = x.double() @ dense.double().t() + bias.double()

@@ -221,6 +221,14 @@ MUTANTS = [
         "writes sums over the ring",
         case=CLUSTER,
     ),
+    Mutant(
+        "cluster: the producer goes on",
+        "in range(pieces):",
+        "in range(2 * pieces):",
+        KernelError,
+        "sums over the ring|where sums of other CTAs are",
+        case=CLUSTER,
+    ),
     Mutant("half of the weights not loaded", FILL, FILL.replace("rows", "64"), AssertionError, "nan"),
 ]
 

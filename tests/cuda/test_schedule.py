@@ -109,3 +109,15 @@ def test_no_pattern_of_tiles_meets_the_same_workers():
         if schedule.nth(i, worker, 132) % 33 >= 22
     )
     assert all(3 <= cheap[worker] <= 7 for worker in range(132))
+
+
+@pytest.mark.parametrize("cluster", range(2, 9))
+@pytest.mark.parametrize("warps", [4, 8])
+def test_the_warps_of_a_cluster_have_one_owner_each(warps, cluster):
+    """And what the others send to an owner lies in its ring side by side, from the first of its warps on."""
+    owners = [schedule.owner_of(warp, cluster, warps) for warp in range(warps)]
+    firsts = [schedule.first_warp(rank, cluster, warps) for rank in range(cluster + 1)]
+    assert firsts[0] == 0 and firsts[-1] == warps
+    for rank in range(cluster):
+        assert [w for w in range(warps) if owners[w] == rank] == [*range(firsts[rank], firsts[rank + 1])]
+        assert firsts[rank + 1] - firsts[rank] <= -(-warps // cluster)

@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="moe: T of 1, 64 and 4096 and uniform routing only; gemm: float16 only, without cuSPARSELt",
     )
     group.add_argument(
-        "--budget-seconds", type=float, default=400, metavar="S",
-        help="moe: no new case of a model after its share of S seconds; gemm: none after S (default: 400)",
+        "--budget-seconds", type=float, metavar="S",
+        help="moe: no new case of a model after its share of S seconds (default: 400); gemm: none after S",
     )  # fmt: skip
 
 
@@ -59,10 +59,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     tokens = tuple(args.tokens or chosen["tokens"])
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
-    begin = time.perf_counter()
+    begin, budget = time.perf_counter(), args.budget_seconds or 400
     with torch.inference_mode():
         for number, name in enumerate(args.models, 1):
-            stop = begin + args.budget_seconds * (number + 1) / (len(args.models) + 1)  # the first compiles: two shares
+            stop = begin + budget * (number + 1) / (len(args.models) + 1)  # the first compiles: two shares
             made, failed = contenders(MODELS[name], patterns)
             rows.append({**report.memory(name, made), "failed": failed})
             _compile(made, tokens, MODELS[name].top_k)

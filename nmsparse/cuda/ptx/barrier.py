@@ -66,7 +66,8 @@ def named_barrier(threads: int) -> Instruction:
 # What the lanes of a warp did before is done for all of them after.
 warp_barrier = Instruction("bar.warp.sync 0xffffffff;", section="bar.warp.sync")
 cluster_arrive = Instruction("barrier.cluster.arrive.aligned;", section="barrier.cluster", arch=90)
-# Without handing over what was written: the other one is a fence of the whole GPU's memory.
+# Hands over nothing that was written, but what came before is done: enough ahead of overwriting what others have read.
+# `cluster_arrive` is a fence of the whole GPU's memory.
 cluster_arrive_relaxed = Instruction("barrier.cluster.arrive.relaxed.aligned;", section="barrier.cluster", arch=90)
 cluster_wait = Instruction("barrier.cluster.wait.aligned;", section="barrier.cluster", arch=90)
 # Between launches with programmatic stream serialization. The grids before this one are complete and what they wrote

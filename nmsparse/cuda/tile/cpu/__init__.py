@@ -2,9 +2,8 @@
 
 Each role (producer, consumers) of each CTA is a thread, and one thread runs at a time, drawn from a seed. What the
 hardware may do late happens here as late as it may: copies land just before their barrier's phase completes, a product
-reads its operands when it is waited for, and a ring slot is NaN from the moment its
-refill begins. A word that breaks a rule raises :class:`KernelError`, which says who did what; a wait that nothing can
-end raises :class:`Deadlock`.
+reads its operands when it is waited for, and a ring slot is NaN from the moment its refill begins. A word that breaks a
+rule raises :class:`KernelError`, which says who did what; a wait that nothing can end raises :class:`Deadlock`.
 What the twin cannot show: time, bank conflicts, alignment, races between the threads of a warpgroup, memory order that
 is weaker than Python's, and whatever the bodies of the GPU's words do that their equations do not say.
 """
@@ -81,7 +80,6 @@ def launch(
     def live(role: Role) -> None:
         _here.role = role
         kernel(*arguments)
-        role.gone = True
 
     machine.crew.run({str(role): functools.partial(live, role) for cta in machine.ctas for role in cta.roles})
     machine.check_end()

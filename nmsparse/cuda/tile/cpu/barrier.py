@@ -85,7 +85,7 @@ class Barrier:
 
 
 class Meeting:
-    """A barrier of all roles of a block or a cluster.
+    """A barrier of all roles of a block, or of all consumers of a cluster.
 
     >>> meeting = Meeting(2)
     >>> first, second = meeting.arrive(), meeting.arrive()

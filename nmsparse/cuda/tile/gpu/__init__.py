@@ -29,6 +29,8 @@ for function in (
     schedule.pieces,
     schedule.piece,
     schedule.part_of,
+    schedule.owner_of,
+    schedule.first_warp,
     schedule.place,
     schedule.run_of,
     schedule.nth,

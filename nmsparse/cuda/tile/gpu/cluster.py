@@ -15,7 +15,7 @@ from numba.cuda import types
 
 from ... import schedule
 from ...ptx import barrier, memory
-from ...ptx.numba_glue import callable_of, teach
+from ...ptx.numba_glue import callable_of
 from .numbers import read_thread
 from .store import make_add, sequence
 
@@ -25,8 +25,7 @@ u32, i32 = types.uint32, types.int32
 
 jit = cuda.jit(device=True, forceinline=True)
 
-teach(schedule.owner_of)
-owner_of = schedule.owner_of
+owner_of, first_warp = schedule.owner_of, schedule.first_warp
 _rank = callable_of(memory.cluster_rank)
 
 
@@ -47,8 +46,8 @@ def cluster_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     SUMS_BYTES = QUADS * 512  # of a warp
     arrive, wait = callable_of(barrier.cluster_arrive_relaxed), callable_of(barrier.cluster_wait)
     expect_bytes, wait_bytes = callable_of(barrier.expect_bytes), callable_of(barrier.wait)
-    map_shared, divide = callable_of(memory.map_shared), callable_of(memory.divide)
-    send, get = callable_of(memory.store_async), callable_of(memory.load("shared", "f32", 4))
+    map_shared, send = callable_of(memory.map_shared), callable_of(memory.store_async)
+    get = callable_of(memory.load("shared", "f32", 4))
 
     def send_quad(i):
         @jit
@@ -60,18 +59,18 @@ def cluster_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     send_all, add_all = sequence([send_quad(i) for i in range(QUADS)]), make_add(QUADS, get, 512, u32)
 
     @jit
-    def first_warp(owner, cluster):
-        return divide(u32(owner * u32(WARPS) + u32(cluster) - u32(1)), u32(cluster))
+    def warps_before(rank, cluster):
+        return u32(first_warp(u32(rank), u32(cluster), u32(WARPS)))
 
     @jit
     def reduce_scatter(acc, ring, cluster):
         thread, mine, arrived = read_thread(), _rank(), u32(ring + u32(ARRIVED))
         warp, peers = u32(thread // u32(32) - u32(4)), u32(u32(cluster) - u32(1))
         owner = u32(owner_of(warp, u32(cluster), u32(WARPS)))
-        at = u32(warp - first_warp(owner, cluster)) * peers * u32(SUMS_BYTES)
+        at = u32(warp - warps_before(owner, cluster)) * peers * u32(SUMS_BYTES)
         at = u32(ring + at + thread % u32(32) * u32(16))
         if thread == u32(128):
-            warps = u32(first_warp(u32(mine + u32(1)), cluster) - first_warp(mine, cluster))
+            warps = u32(warps_before(mine + u32(1), cluster) - warps_before(mine, cluster))
             expect_bytes(arrived, u32(warps * peers * u32(SUMS_BYTES)))
         arrive()
         wait()  # no CTA of the cluster needs its ring any more
@@ -80,7 +79,7 @@ def cluster_words(cfg: Any) -> dict[str, Callable[..., Any]]:
             to = u32(at + u32(before - u32(1)) * u32(SUMS_BYTES))
             send_all(acc, map_shared(to, owner), map_shared(arrived, owner))
         else:
-            wait_bytes(arrived, u32(0))
+            wait_bytes(arrived, u32(0))  # acquires for the CTA; loads of shared memory need no more
             for peer in range(i32(0), i32(peers)):
                 add_all(acc, u32(at + u32(peer) * u32(SUMS_BYTES)))
 
