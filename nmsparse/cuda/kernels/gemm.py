@@ -16,7 +16,7 @@ def make_gemm(tile: Any, cfg: Any) -> Any:
     others consume: each multiplies its rows of W with the slot's tokens and holds the sums in registers. A slot is
     *full* when its bytes have arrived and *empty* when all consumers are done with it. Persistent CTAs walk through
     the pieces of :mod:`~nmsparse.cuda.schedule`; while sums are stored, the ring already fills for the next piece. With
-    few tokens a cluster of CTAs shares a tile: each takes a part of its steps, then adds up and stores some of its rows.
+    few tokens a cluster of CTAs shares a tile: each takes a part of its steps, then adds up and stores some rows.
 
     Products of two steps are under way. ``wgmma`` reads its metadata when it runs, so those of even and of odd steps
     are in registers of their own; that is why a round of the loop is two steps.
