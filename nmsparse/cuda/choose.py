@@ -20,6 +20,7 @@ from . import config_mma
 from .config import SHIPPED, SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS, SHIPPED_SAMOYEDS, GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .layout import BLOCK, BLOCK_BYTES, blocks_of
+from .schedule import cluster_of
 
 __all__ = ["H200", "Device", "Plan", "Problem", "candidates", "choose", "plans"]
 
@@ -150,7 +151,7 @@ class Plan:
     @property
     def cluster(self) -> int:
         """CTAs of a cluster."""
-        return 1 if self.split else self.parts
+        return cluster_of(True, self.split, self.parts)
 
     def describe(self) -> str:
         """In a few words.
@@ -182,16 +183,17 @@ def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device)
         for parts in range(2, min(MOST_PARTS, steps, most // split) + 1):
             workers = most if tiles > most else split * parts
             yield _plan(config, problem, device, workers, split, parts)
-    for cluster in getattr(config, "clusters", ()) if problem.tokens <= CLUSTERED else ():
-        if cluster <= steps and tiles <= device.clusters(cluster):
-            yield _plan(config, problem, device, tiles * cluster, 0, cluster)
+    if problem.tokens <= CLUSTERED:
+        for cluster in getattr(config, "clusters", ()):
+            if cluster <= steps and tiles <= device.clusters(cluster):
+                yield _plan(config, problem, device, tiles * cluster, 0, cluster)
 
 
 def _plan(
     config: GemmConfig | MmaConfig, problem: Problem, device: Device, workers: int, split: int, parts: int
 ) -> Plan:
     tiles, steps = grid(config, problem)
-    cluster = 1 if split else parts
+    cluster = cluster_of(True, split, parts)
     whole = -(-(tiles - split) * cluster // workers)
     path = -(-whole * steps // cluster) + (-(-steps // parts) if split else 0)
     pairs = getattr(config, "pairs", False)

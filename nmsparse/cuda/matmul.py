@@ -15,7 +15,7 @@ from ..formats import SparseArray
 from ..formats.nm import is_24
 from . import array, driver, launch
 from .array import DeviceArray
-from .choose import Plan, Problem, choose
+from .choose import Plan, Problem, choose, grid
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .driver import Recording, Varying
@@ -114,10 +114,9 @@ def runs_of(weight: SparseArray) -> int:
     return 0
 
 
-def check_clusters(plan: Plan, rows: int, tokens: int, k_blocks: int) -> None:
+def check_clusters(plan: Plan, problem: Problem) -> None:
     """Raise unless each tile has a cluster, if CTAs come in clusters, and each CTA a step."""
-    config, cluster = plan.config, plan.cluster
-    tiles, steps = -(-rows // config.tile_m) * -(-tokens // config.tile_t), k_blocks * BLOCK // config.tile_k
+    cluster, (tiles, steps) = plan.cluster, grid(plan.config, problem)
     if cluster > 1 and (plan.workers != tiles * cluster or cluster > steps):
         raise NMSparseError(
             f"matmul: expected {cluster} CTAs for each of {tiles} tiles with {steps} steps, at least one a CTA, got a "
@@ -131,7 +130,7 @@ class GemmLaunch(Launch):
     mapped = True
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
-        check_clusters(plan, weight.rows, tokens, weight.blocks.shape[1])
+        check_clusters(plan, Problem(weight.rows, tokens, weight.columns))
         super().__init__(weight, plan, tokens)
         self.box = plan.config.tile_t, BLOCK
         self.head, self.tail = (weight.blocks.pointer,), (weight.rows, tokens, weight.rows, self.k_blocks, *self.pieces)

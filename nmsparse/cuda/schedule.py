@@ -19,6 +19,7 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 from __future__ import annotations
 
 __all__ = [
+    "cluster_of",
     "divide",
     "first_warp",
     "nth",
@@ -42,6 +43,15 @@ def divide(a, b):
     3
     """
     return a // b
+
+
+def cluster_of(shares, split, parts):
+    """How many CTAs, which form a cluster, have each tile: ``parts`` where no tile is split, of a kernel that shares.
+
+    >>> cluster_of(True, 0, 4), cluster_of(True, 2, 4), cluster_of(False, 0, 4)
+    (4, 1, 1)
+    """
+    return parts if shares and split == 0 else 1
 
 
 def whole_tiles(worker, workers, tiles, split):

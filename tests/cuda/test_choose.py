@@ -84,10 +84,10 @@ def test_a_plan_says_which_clusters_fit():
 
 def test_a_plan_in_clusters_has_one_for_each_tile():
     few = next(config for config in SHIPPED if 2 in config.clusters)
-    matmul.check_clusters(choose.Plan(few, 8, 0, 2, 0.0), 4 * few.tile_m, few.tile_t, 4)
-    for workers, rows, k_blocks in ((7, 4 * few.tile_m, 4), (8, 5 * few.tile_m, 4), (8, 4 * few.tile_m, 1)):
+    matmul.check_clusters(choose.Plan(few, 8, 0, 2, 0.0), Problem(4 * few.tile_m, few.tile_t, 256))
+    for workers, rows, columns in ((7, 4 * few.tile_m, 256), (8, 5 * few.tile_m, 256), (8, 4 * few.tile_m, 128)):
         with pytest.raises(NMSparseError, match="expected 2 CTAs for each"):
-            matmul.check_clusters(choose.Plan(few, workers, 0, 2, 0.0), rows, few.tile_t, k_blocks)
+            matmul.check_clusters(choose.Plan(few, workers, 0, 2, 0.0), Problem(rows, few.tile_t, columns))
 
 
 def test_few_tokens_do_not_take_the_large_tile():

@@ -38,6 +38,18 @@ def test_every_step_is_covered_once(launch):
         assert [first for first, _ in sorted(runs)] == ends[:-1] and ends[-1] == steps
 
 
+@given(st.integers(2, 8), st.integers(1, 66), st.integers(8, 300))
+def test_a_cluster_covers_its_tile_once(cluster, tiles, steps):
+    """By parts that differ by a step at the most, in the order of ranks."""
+    for tile in range(tiles):
+        parts = [schedule.part_of(tile * cluster + rank, cluster, steps) for rank in range(cluster)]
+        assert {number for number, _, _ in parts} == {tile}
+        ends = [0, *(last for _, _, last in parts)]
+        assert [first for _, first, _ in parts] == ends[:-1] and ends[-1] == steps
+        sizes = {last - first for _, first, last in parts}
+        assert max(sizes) - min(sizes) <= 1
+
+
 @given(launches())
 def test_the_load_is_even(launch):
     workers, tiles, split, parts, _ = launch

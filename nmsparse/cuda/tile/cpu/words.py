@@ -47,7 +47,7 @@ def place_words(cfg: Any) -> Words:
         return -(-rows // cfg.tile_m), -(-tokens // cfg.tile_t), k_blocks * BLOCK // cfg.tile_k
 
     def cluster(role: Role, split: int, parts: int) -> int:
-        return parts if cfg.clusters and split == 0 else 1
+        return schedule.cluster_of(bool(cfg.clusters), split, parts)
 
     def pieces(role: Role, tiles: int, split: int, parts: int) -> int:
         return 1 if cluster(role, split, parts) > 1 else schedule.pieces(*worker(role), tiles, split, parts)

@@ -26,6 +26,7 @@ divide = callable_of(memory.divide)
 teach(schedule.divide, lambda a, b: i32(divide(a, b)))
 for function in (
     schedule.whole_tiles,
+    schedule.cluster_of,
     schedule.pieces,
     schedule.piece,
     schedule.part_of,
@@ -65,7 +66,8 @@ def make(cfg: Any) -> ModuleType:
 
 def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     TILE_M, TILE_T, STEP, SHARES, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, bool(cfg.clusters), cfg.group
-    pieces_of, piece_of, part_of, place_of = schedule.pieces, schedule.piece, schedule.part_of, schedule.place
+    cluster_of, pieces_of, piece_of = schedule.cluster_of, schedule.pieces, schedule.piece
+    part_of, place_of = schedule.part_of, schedule.place
 
     @jit
     def grid(rows, tokens, k_blocks):
@@ -73,9 +75,7 @@ def place_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def cluster(split, parts):
-        if SHARES and split == 0:
-            return i32(parts)
-        return i32(1)
+        return i32(cluster_of(SHARES, split, parts))
 
     @jit
     def pieces(tiles, split, parts):
