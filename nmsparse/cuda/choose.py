@@ -33,17 +33,17 @@ class Device:
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
     feed: float = 92.3e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 54.7e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 79e9  # and with that of two, which holds more
-    reread: float = 45.5e12  # bytes/s of tokens that many CTAs read at once, by the blocks that a warp has under way
-    reread_16: float = 2.45e12  # the same of more than eight tokens, which take twice the registers
-    start: float = 2.45e-6  # launch of the kernel for few tokens
-    launch: float = 1.8e-6  # launch of a pipelined kernel, until its ring is filled
-    exchange: float = 1.67e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.2e-6  # for each part of a tile
-    exchange_feed: float = 57e9  # bytes/s of the partial sums of a CTA
-    meet: float = 1.0e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
-    cluster_feed: float = 27e9  # bytes/s of sums from the other CTAs of a cluster
+    stream: float = 39e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 66.2e9  # and with that of two, which holds more
+    memory_gemv: float = 4.75e12  # the same as `memory`, of the kernel for few tokens, besides its other costs
+    token_feed: float = 49.2e9  # bytes/s of tokens into one SM, by its threads
+    start: float = 2.07e-6  # launch of the kernel for few tokens, and its end
+    launch: float = 2.03e-6  # launch of a pipelined kernel, until its ring is filled
+    exchange: float = 1.4e-6  # of partial sums between CTAs, besides the bytes
+    exchange_part: float = 0.0316e-6  # for each part of a tile
+    exchange_feed: float = 59.6e9  # bytes/s of the partial sums of a CTA
+    meet: float = 0.963e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
+    cluster_feed: float = 22e9  # bytes/s of sums from the other CTAs of a cluster
 
     @property
     def hopper(self) -> bool:
@@ -76,20 +76,19 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-SAMOYEDS = ((96, 2390e12), (64, 1222e12))
-STEP = 0.028e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
-END = 0.154e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
-GEMV_SAMOYEDS = {8: 3.86e12, 16: 4.18e12}  # bytes/s of the kernel for few tokens, by the warps of an SM
-REREAD_SAMOYEDS = 5.54e12  # bytes/s of tokens, of this kernel
-COPIED = 1.05  # how much more the copy engine gets from the memory than loads do
-ROUND = 0.46e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-WAVE = 0.445e-6  # seconds until a CTA that has an SM for itself reads, and after it has read
-UNEVEN = 0.343  # of the time for the bytes, for each CTA that the busiest SM has more than the mean
-ADD = 0.0071e-6  # seconds for the sums of a warp
-EPILOGUE = 1.54e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.227  # how much faster few SMs are than all of them, which draw more power
+SAMOYEDS = ((96, 2440e12), (64, 1222e12))
+STEP = 0.0258e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
+END = 0.153e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
+COPIED = 1.07  # how much more the copy engine gets from the memory than loads do
+ROUND = 0.531e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+OVERLAP = 0.227  # of what takes less time than memory, tokens or trips, whichever takes most
+WAVE = 1.18e-6  # seconds between CTAs that follow each other on an SM
+UNEVEN = 0.511  # of the time for the bytes, by how much more the busiest SM has than the mean
+EPILOGUE = 1.26e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.308  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
+FEW = 64  # tokens up to which the kernel without a pipeline was measured; with more it loses
 CLUSTERED = 256  # tokens up to which clusters share tiles: (2048, 1024, 1408) took a third more
 ACTIVE_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}  # cuOccupancyMaxActiveClusters, one CTA an SM
 
@@ -224,28 +223,24 @@ def _plan(
 
 
 def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
-    """Every 16 rows read all tokens again, from L2; what has no place on the SMs at once comes in a second wave."""
-    blocks = -(-problem.packed_rows // 16)
-    resident = device.sms * config.ctas
-    warps = config.warps * min(config.ctas, -(-blocks // device.sms))
-    memory = min(device.memory, GEMV_SAMOYEDS[16 if warps >= 16 else 8]) if config.pairs else device.memory
-    if config.tile_t > 8:
-        reread = device.reread_16
-    else:
-        reread = REREAD_SAMOYEDS if config.pairs else device.reread / config.batch
-    again = 2 * blocks * problem.tokens * problem.columns / reread
-    late = WAVE / config.ctas * (-(-blocks // resident) - 1) if config.ctas <= 2 else 0.0
-    late += 0.25 * problem.nbytes / memory if resident < blocks < 2 * resident else 0.0
-    if device.sms < blocks <= resident:  # some SMs have one CTA more than others
-        late += UNEVEN * (-(-blocks // device.sms) - blocks / device.sms) * problem.nbytes / memory
-    trips = ROUND * -(-problem.k_blocks // (config.warps * config.batch))
-    start = device.start + ADD * config.warps
-    return Plan(config, blocks, 0, 1, start + max(problem.nbytes / memory, trips) + again + late)
+    """A CTA for each 16 packed rows and each tile of tokens, of which every CTA reads all columns, from L2; what has no
+    place on the SMs at once comes in a second wave."""
+    ctas = -(-problem.packed_rows // 16) * -(-problem.tokens // config.tile_t)
+    waves, busiest = -(-ctas // (device.sms * config.ctas)), -(-ctas // device.sms)
+    moving = problem.nbytes / device.memory_gemv
+    brought = busiest * 2 * min(problem.tokens, config.tile_t) * problem.columns / device.token_feed
+    trips = ROUND * waves * -(-problem.k_blocks // (config.warps * config.batch))
+    most = max(moving, brought, trips)
+    late = WAVE * (waves - 1)
+    if ctas > device.sms:  # some SMs have one CTA more than others
+        late += UNEVEN * (busiest * device.sms / ctas - 1) * moving
+    seconds = device.start + most + OVERLAP * (moving + brought + trips - most) + late
+    return Plan(config, ctas, 0, 1, seconds)
 
 
 def plans(problem: Problem, device: Device) -> Iterator[Plan]:
     """Every way to compute ``problem`` on ``device``: ``wgmma.sp`` on Hopper for tokens that the copy engine can read,
-    ``mma.sp`` for all else, straight from memory for a handful of tokens."""
+    ``mma.sp`` for all else, straight from memory for few tokens."""
     kind = {"dtype": problem.dtype, "bias": problem.bias}
     vector = problem.alignment >= 16 and not problem.gather
     if device.hopper and vector:
@@ -257,10 +252,10 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
             config = replace(config, **kind, vector=vector, gather=problem.gather)
             if not config.problems(device.arch) and problem.run % config.tile_k == 0:
                 yield from candidates(config, problem, device)
-    if problem.alignment >= 4 and not problem.gather:
+    if problem.alignment >= 4 and not problem.gather and problem.tokens <= FEW:
+        width = 16 if problem.alignment >= 16 else 4
         for config in SHIPPED_GEMV_SAMOYEDS if problem.run else SHIPPED_GEMV:
-            if problem.tokens <= config.tile_t:
-                yield gemv_plan(replace(config, **kind), problem, device)
+            yield gemv_plan(replace(config, **kind, width=width), problem, device)
 
 
 @functools.lru_cache(maxsize=4096)

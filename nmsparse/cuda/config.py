@@ -215,7 +215,7 @@ class GemmConfig(PairRows):
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """Shape of the kernel for a handful of tokens: 16 packed rows by ``tile_t`` tokens for ``warps`` that share k.
+    """Shape of the kernel for few tokens: 16 packed rows by ``tile_t`` tokens for ``warps`` that share k.
 
     A packed row of Samoyeds (``pairs``) is the sub-row of a pair of output rows.
     """
@@ -226,6 +226,7 @@ class GemvConfig:
     dtype: str = "f16"
     bias: bool = False
     pairs: bool = False  # Samoyeds 1:2
+    width: int = 16  # bytes of a copy of tokens: 16, or 4 where they lie at multiples of 4 only
 
     @property
     def signature(self) -> str:
@@ -254,27 +255,41 @@ class GemvConfig:
         return 32 * self.warps
 
     @property
+    def copies(self) -> int:
+        """Copies of a warp for eight tokens of a block."""
+        return 32 // self.width
+
+    @property
+    def area(self) -> int:
+        """Shared memory of a warp: tokens of the blocks under way, in whose place its sums come at the end."""
+        return self.batch * self.tile_t * BLOCK * 2
+
+    @property
     def shared_bytes(self) -> int:
-        """Sums of all warps."""
-        return 64 * self.sets * self.warps * self.tile_t
+        """Of all warps."""
+        return self.warps * self.area
 
     @property
     def ctas(self) -> int:
         """CTAs that share an SM: registers hold 32 warps with one block of eight tokens under way, 24 with two, 16 with
-        four.
+        four or eight, unless many small copies of tokens need an address each.
         """
-        warps = {1: 32, 2: 24, 4: 16}.get(self.batch * self.tile_t // 8, 8)
+        warps = {1: 32, 2: 24, 4: 16, 8: 16 if self.width == 16 else 8}.get(self.batch * self.tile_t // 8, 8)
         return max(1, warps // self.warps)
 
     def problems(self) -> list[str]:
         """Why the config cannot run; empty if it can."""
         found = []
-        if self.tile_t not in (8, 16):
-            found.append(f"tile_t={self.tile_t}: 8 or 16 tokens")
+        if self.tile_t not in (8, 16, 32):
+            found.append(f"tile_t={self.tile_t}: 8, 16 or 32 tokens, for whose sums there are registers")
         if not 1 <= self.warps <= 16:
             found.append(f"warps={self.warps}: 1 to 16")
         if self.batch not in (1, 2, 4):
             found.append(f"batch={self.batch}: 1, 2 or 4 blocks fit in the registers")
+        if self.width not in (4, 16):
+            found.append(f"width={self.width}: cp.async copies 16 bytes, or 4 where rows lie at multiples of 4")
+        if self.shared_bytes > SHARED_MEMORY:
+            found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
         return found
 
 
@@ -331,14 +346,12 @@ SHIPPED_SAMOYEDS = tuple(
     if (tile_t, tile_k) != (176, 64)  # it would spill a register
 )
 
-# For few tokens. Four blocks under way hide the memory's latency; two let three CTAs share an SM; sixteen warps with
-# one read the tokens less often. Of Samoyeds, more warps suit a CTA that has an SM for itself. Sixteen tokens pay for
-# small matrices, where the pipeline of the other kernel would not fill.
+# For few tokens, or few rows. Two CTAs share an SM, so that some warps multiply while others wait; sixteen warps suit a
+# CTA that has an SM for itself, two blocks under way matrices with so many rows that three CTAs share an SM.
 SHIPPED_GEMV = (
     GemvConfig(batch=4),
     GemvConfig(batch=2),
-    GemvConfig(warps=16, batch=1),
-    GemvConfig(tile_t=16, warps=16, batch=1),
+    GemvConfig(tile_t=16, batch=4),
 )
 SHIPPED_GEMV_SAMOYEDS = (
     GemvConfig(batch=4, pairs=True),

@@ -160,7 +160,7 @@ class MmaLaunch(Launch):
 
 
 class GemvLaunch(Launch):
-    """The kernel for a handful of tokens."""
+    """The kernel for few tokens."""
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
         super().__init__(weight, plan, tokens)

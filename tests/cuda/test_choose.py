@@ -51,7 +51,8 @@ def test_every_problem_has_a_plan(rows, tokens, columns):
     assert plan.seconds > 0
     assert plan.describe()
     if isinstance(plan.config, GemvConfig):
-        assert tokens <= plan.config.tile_t
+        assert tokens <= choose.FEW
+        assert plan.workers == -(-rows // plan.config.outputs) * -(-tokens // plan.config.tile_t)
     else:
         tiles, steps = choose.grid(plan.config, Problem(rows, tokens, columns))
         assert 1 <= plan.parts <= steps

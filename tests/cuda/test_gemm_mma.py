@@ -331,7 +331,7 @@ def test_gpu_samoyeds_by_mma_sp(tokens, v):
     """Every shape that is shipped, whole tiles and split ones, and the kernels for few tokens."""
     torch = pytest.importorskip("torch")
     from nmsparse.cuda import matmul
-    from nmsparse.cuda.choose import H200, Plan, Problem, candidates
+    from nmsparse.cuda.choose import H200, Problem, candidates, gemv_plan
     from nmsparse.cuda.config import SHIPPED_GEMV_SAMOYEDS
 
     rows, columns = 1002, 1096
@@ -341,12 +341,11 @@ def test_gpu_samoyeds_by_mma_sp(tokens, v):
     x = torch.randn(tokens, columns, device="cuda", dtype=torch.float16)
     bias = torch.randn(rows, device="cuda", dtype=torch.float16)
     exact = x.double() @ dense.double().t() + bias.double()
-    problem = Problem(rows, tokens, columns, bias=True)
+    problem = Problem(rows, tokens, columns, bias=True, run=v)
     shapes = [replace(cfg, bias=True) for cfg in SHIPPED_SAMOYEDS if v % cfg.tile_k == 0]
     shapes += [replace(cfg, vector=False) for cfg in shapes]
     plans = [plan for cfg in shapes for plan in candidates(cfg, problem, H200)]
-    few = [replace(cfg, bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS if tokens <= cfg.tile_t]
-    plans += [Plan(cfg, -(-rows // cfg.outputs), 0, 1, 0.0) for cfg in few]
+    plans += [gemv_plan(replace(cfg, bias=True), problem, H200) for cfg in SHIPPED_GEMV_SAMOYEDS]
     for plan in plans:
         y = torch.full((tokens, rows), float("nan"), device="cuda", dtype=torch.float16)
         first = matmul.matmul(x, weight, out=y, bias=bias, config=plan).clone()

@@ -39,7 +39,8 @@ def run(cfg, rows, tokens, k, make=gemv.make_gemv, kind="random", seed=0, v=64):
     blocks = pack_blocks(weight.values, weight.meta)
     runs = weight.indices.shape[1] if cfg.pairs else 1
     sizes = rows, tokens, k, wide.shape[1], y.shape[1], blocks.shape[1], v // 64, runs
-    twin.launch(make, cfg, -(-rows // cfg.outputs), (blocks, weight.indices, wide, y, bias, *sizes), seed=seed)
+    ctas = -(-rows // cfg.outputs) * -(-tokens // cfg.tile_t)
+    twin.launch(make, cfg, ctas, (blocks, weight.indices, wide, y, bias, *sizes), seed=seed)
     want = wide[:, :k].astype(np.float64) @ weight.todense().astype(np.float64).T + cfg.bias * bias.astype(np.float64)
     scale = np.abs(w.astype(np.float64)).max() * np.abs(x).max()
     assert_close(y[:tokens, :rows], want, k, scale=scale)
@@ -56,8 +57,9 @@ def test_the_product_is_right(cfg, rows, tokens, k, kind):
 
 
 @pytest.mark.parametrize("pairs", [False, True])
-def test_two_groups_of_tokens(pairs):
-    run(GemvConfig(tile_t=16, warps=2, batch=2, pairs=pairs), 40, 13, 300)
+@pytest.mark.parametrize("tokens", [13, 37])
+def test_several_groups_and_tiles_of_tokens(tokens, pairs):
+    run(GemvConfig(tile_t=16, warps=2, batch=2, pairs=pairs), 40, tokens, 300)
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "random"])
@@ -67,7 +69,7 @@ def test_samoyeds_is_right(cfg, v, kind):
     run(cfg, 75, 3, 392, kind=kind, v=v)
 
 
-@given(st.integers(1, 80), st.integers(1, 8), st.integers(1, 200), st.sampled_from([64, 128, 256]), st.booleans())
+@given(st.integers(1, 80), st.integers(1, 20), st.integers(1, 200), st.sampled_from([64, 128, 256]), st.booleans())
 @settings(max_examples=30)
 def test_any_size(rows, tokens, half_k, v, pairs):
     run(replace(SMALL, pairs=pairs, bias=True), rows, tokens, 2 * half_k, v=v)
@@ -97,9 +99,13 @@ MISTAKES = {
     "picks of the next run": ("load_picks(odd, picks, block,", "load_picks(odd, picks, block + run_blocks,"),
     "runs of half a length": ("block, run_blocks, runs)", "block, run_blocks // 2, runs)"),
     "picks of the first slab": ("tile.picks(picks_gmem, slab,", "tile.picks(picks_gmem, 0,"),
-    "no tokens": ("tile.load_tokens(b, x_gmem, block, tokens, columns, x_pitch)", "pass"),
+    "no tokens": ("tile.load_tokens(x_gmem, token, block, tokens, columns, x_pitch)", "pass"),
+    "tokens not awaited": ("tile.wait_tokens()", "pass"),
+    "the first tile's tokens": ("tile.load_tokens(x_gmem, token,", "tile.load_tokens(x_gmem, 0,"),
+    "stored as the first tile": ("slab, token, rows, tokens, y_pitch)", "slab, 0, rows, tokens, y_pitch)"),
+    "as many tiles as tokens": ("tile.place(tokens)", "tile.place(tile.BLOCKS_A_ROUND * tokens)"),
     "all warps take the same blocks": ("tile.first_block()", "0"),
-    "next block's tokens": ("tile.load_tokens(b, x_gmem, block,", "tile.load_tokens(b, x_gmem, block + 1,"),
+    "next block's tokens": ("tile.load_tokens(x_gmem, token, block,", "tile.load_tokens(x_gmem, token, block + 1,"),
     "swapped pitches": ("rows, tokens, y_pitch)", "rows, tokens, x_pitch)"),
     "a round too few": ("k_blocks, tile.BLOCKS_A_ROUND", "k_blocks - 2, tile.BLOCKS_A_ROUND"),
     "a warp misses the barrier": ("tile.barrier()", "tile.barrier() if tile.first_block() else None"),
@@ -109,7 +115,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_planted_mistake_is_found(mistake):
     make = mistaken(gemv, "make_gemv", MISTAKES[mistake])
-    case = dict(rows=64, tokens=5, k=400, v=128)
+    case = dict(rows=64, tokens=11, k=400, v=128)
     run(SMALL, **case)
     with pytest.raises((AssertionError, Deadlock, twin.KernelError)):
         run_with_four_seeds(SMALL, **case, make=make)
@@ -126,7 +132,13 @@ def test_the_two_vocabularies_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "cfg", [*SHIPPED_GEMV, *(replace(cfg, dtype="bf16", bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS)], ids=str
+    "cfg",
+    [
+        *SHIPPED_GEMV,
+        *(replace(cfg, dtype="bf16", bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS),
+        *(replace(cfg, width=4) for cfg in SHIPPED_GEMV_SAMOYEDS),
+    ],
+    ids=str,
 )
 def test_it_compiles_without_spills(cfg):
     pytest.importorskip("numba_cuda", reason="needs numba-cuda")
@@ -139,4 +151,5 @@ def test_it_compiles_without_spills(cfg):
 
 
 def test_a_config_says_what_is_wrong():
-    assert len(GemvConfig(tile_t=7, warps=17, batch=3).problems()) == 3
+    assert len(GemvConfig(tile_t=7, warps=17, batch=3, width=8).problems()) == 4
+    assert "shared memory" in GemvConfig(tile_t=32, warps=16).problems()[0]

@@ -75,7 +75,7 @@ def test_gpu_every_shipped_kernel(torch, run):
         problem = Problem(rows, tokens, columns, bias=True, run=run)
         plans = [plan for c in shipped for plan in candidates(replace(c, bias=True), problem, H200)]
         few = SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV
-        plans += [gemv_plan(replace(c, bias=True), problem, H200) for c in few if tokens <= c.tile_t]
+        plans += [gemv_plan(replace(c, bias=True), problem, H200) for c in few]
         for plan in plans:
             y = torch.full((tokens, rows), math.nan, device="cuda", dtype=torch.float16)
             first = matmul.matmul(x, weight, out=y, bias=bias, config=plan).clone()
@@ -92,6 +92,24 @@ def test_gpu_rows_at_any_distance(torch):
         assert error(x @ weight.T, exact) < 1e-3
     odd = torch.randn(40, 193, device="cuda", dtype=torch.float16)[:, 1:]
     assert error(odd @ weight.T, odd.double() @ dense.double().t()) < 1e-3
+
+
+@pytest.mark.parametrize("run", [0, 64])
+@pytest.mark.parametrize("columns", [1096, 1098])
+def test_gpu_few_tokens_at_multiples_of_four_bytes(torch, columns, run):
+    """Whose rows are copied by fours."""
+    from nmsparse.cuda import matmul
+    from nmsparse.cuda.choose import H200, Problem, gemv_plan
+    from nmsparse.cuda.config import SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS
+
+    pattern = f"samoyeds:1:2:{run}" if run else "2:4"
+    for tokens in (1, 5, 20):
+        weight, dense, _ = operands(torch, 1000, tokens, columns, torch.float16, pattern)
+        x = torch.randn(tokens, columns + 10, device="cuda", dtype=torch.float16)[:, 2 : 2 + columns]
+        exact = x.double() @ dense.double().t()
+        for config in SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV:
+            plan = gemv_plan(replace(config, width=4), Problem(1000, tokens, columns, run=run), H200)
+            assert error(matmul.matmul(x, weight, config=plan), exact) < 1e-3, plan
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "samoyeds:1:2:128"])

@@ -37,7 +37,7 @@ warpgroup, or *all*.
 
 ``ring()`` : all
     S slots with two barriers each; returns when all roles of the CTA are there. A phase of ``full`` is complete after
-    one arrival and the bytes that it announces, of ``empty`` after an arrival of every consumer warp.
+    one arrival and the bytes that it announces, of ``empty`` after an arrival of every thread of every consumer.
 ``prefetch(x_gmem)`` : all
     Nothing; the tensor map of X will be needed soon.
 ``give_registers()`` : producer

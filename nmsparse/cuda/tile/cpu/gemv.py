@@ -22,6 +22,7 @@ __all__ = ["launch", "make"]
 
 LANE = np.arange(fragments.LANES)
 READ = fragments.meta_lanes(0)
+NOBODY = 0xFFFF  # a NaN of both dtypes
 _here = threading.local()  # .warp, .cta: who the running thread is
 
 Words = dict[str, Any]
@@ -33,6 +34,8 @@ class _Cta:
     def __init__(self, cfg: Any, number: int, crew: Crew):
         self.number, self.crew, self.warps = number, crew, cfg.warps
         self.shared = np.full((cfg.warps, cfg.sets, cfg.tile_t, 16), np.nan, np.float32)
+        self.tokens = np.full((cfg.warps, cfg.batch, cfg.tile_t, BLOCK), NOBODY, np.uint16)
+        self.copies: list[list[Callable[[], None]]] = [[] for _ in range(cfg.warps)]  # of each warp, under way
         self.arrived = 0
 
     def barrier(self, warp: int) -> None:
@@ -43,7 +46,7 @@ class _Cta:
 
 def make(cfg: Any) -> SimpleNamespace:
     """The words for ``cfg``, as the namespace that a kernel text receives."""
-    words = weight_words(cfg), _pick_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)
+    words = weight_words(cfg), _place_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)
     return SimpleNamespace(BLOCKS_A_ROUND=cfg.warps * cfg.batch, **{k: v for part in words for k, v in part.items()})
 
 
@@ -101,33 +104,50 @@ def slab_picks(picks_gmem: np.ndarray, slab: int, rows: int, runs: int, gated: b
     return picks_gmem[low], picks_gmem[np.minimum(low + 8, rows - 1)]
 
 
-def _pick_words(cfg: Any) -> Words:
+def _place_words(cfg: Any) -> Words:
+    def place(tokens: int) -> tuple[int, int]:
+        slab, token_tile = divmod(number(), -(-tokens // cfg.tile_t))
+        return slab, token_tile * cfg.tile_t
+
     def picks(picks_gmem: np.ndarray, slab: int, rows: int, runs: int) -> Any:
         return slab_picks(picks_gmem, slab, (rows + 1) // 2, runs, gated=False)
 
-    return {"slab": number, "picks": picks if cfg.pairs else nothing}
+    return {"place": place, "picks": picks if cfg.pairs else nothing}
 
 
 def _token_words(cfg: Any) -> Words:
-    batch, groups = cfg.batch, cfg.tile_t // 8
-
-    def load_tokens(b: Any, x_gmem: np.ndarray, block: int, tokens: int, columns: int, x_pitch: int) -> None:
+    def load_tokens(x_gmem: np.ndarray, first: int, block: int, tokens: int, columns: int, x_pitch: int) -> None:
         if x_gmem.strides[0] != 2 * x_pitch:
             raise KernelError(f"load_tokens: rows are {x_gmem.strides[0]} bytes apart, the kernel says {2 * x_pitch}")
-        padded = np.zeros((8 * groups, (block + batch) * BLOCK), np.uint16)
-        size = min(columns, padded.shape[1])
-        padded[: min(tokens, 8 * groups), :size] = x_gmem.view(np.uint16)[: 8 * groups, :size]
-        for i in range(batch):
-            for group in range(groups):
-                for register in range(8):
-                    column = (block + i) * BLOCK + LANE % 4 * 2 + 8 * register
-                    low, high = (padded[group * 8 + LANE // 4, column + half].astype(np.uint32) for half in (0, 1))
-                    b[:, (i * groups + group) * 8 + register] = low | high << 16
+        copy_tokens(cfg, x_gmem[first : min(first + cfg.tile_t, tokens), :columns], block)
 
-    return {
-        "load_tokens": load_tokens,
-        "token_registers": lambda: np.full((32, 8 * batch * groups), 0xFFFFFFFF, np.uint32),
-    }
+    return {"load_tokens": load_tokens, "wait_tokens": wait_tokens}
+
+
+def copy_tokens(cfg: Any, rows: np.ndarray, block: int) -> None:
+    """Blocks from ``block`` on of ``rows`` on their way to the running warp's memory, which is poisoned; zeros beyond
+    the last column."""
+    cta, warp = _here.cta, _here.warp
+    padded = np.zeros((len(rows), (block + cfg.batch) * BLOCK), np.uint16)
+    padded[:, : rows.shape[1]] = rows.view(np.uint16)[:, : padded.shape[1]]
+    found, place = padded[:, block * BLOCK :].reshape(-1, cfg.batch, BLOCK), cta.tokens[warp]
+    place[:] = NOBODY
+    cta.copies[warp].append(lambda: np.copyto(place[:, : len(rows)], found.swapaxes(0, 1)))
+
+
+def wait_tokens() -> None:
+    """Until the running warp's copies have landed."""
+    copies = _here.cta.copies[_here.warp]
+    while copies:
+        copies.pop(0)()
+
+
+def tokens_of(i: int, group: int) -> np.ndarray:
+    """Registers ``(32, 8)`` of B for the eight tokens of ``group``, from block ``i`` of the running warp's memory."""
+    if _here.cta.copies[_here.warp]:
+        raise KernelError("mma_sp reads tokens that are still on their way; say wait_tokens()")
+    pairs = _here.cta.tokens[_here.warp, i, 8 * group : 8 * group + 8].view(np.uint32)  # of columns
+    return pairs[LANE[:, None] // 4, LANE[:, None] % 4 + 4 * np.arange(8)]
 
 
 def sum_words(cfg: Any) -> Words:
@@ -136,16 +156,16 @@ def sum_words(cfg: Any) -> Words:
     sums = 4 * groups  # of a set
     first = sums if pairs else 0  # of those that are outputs
 
-    def mma_sp(acc: Any, a: Any, e: Any, b: Any, odd: Any) -> None:
+    def mma_sp(acc: Any, a: Any, e: Any, odd: Any) -> None:
         for i in range(batch):
             for group in range(groups):
+                b = tokens_of(i, group)
                 mine = slice(4 * group, 4 * group + 4)
                 if pairs:
                     acc[:, mine] = 0
                 for step in range(2):
-                    at = (i * groups + group) * 8 + 4 * step
-                    values, tokens = a[:, 8 * i + 4 * step :][:, :4], b[:, at : at + 4]
-                    acc[:, mine] += _product(values, e[:, 2 * i + step], tokens, cfg.dtype)
+                    values = a[:, 8 * i + 4 * step :][:, :4]
+                    acc[:, mine] += _product(values, e[:, 2 * i + step], b[:, 4 * step :][:, :4], cfg.dtype)
                 if pairs:
                     is_odd = odd[:, [2 * i, 2 * i, 2 * i + 1, 2 * i + 1]] != 0
                     to_even, to_odd = (acc[:, sums * half :][:, mine] for half in (1, 2))
@@ -190,13 +210,13 @@ def check_pitch(y_gmem: np.ndarray, y_pitch: int) -> None:
 
 
 def _store_words(cfg: Any) -> Words:
-    def store(y_gmem: np.ndarray, bias_gmem: Any, slab: int, rows: int, tokens: int, y_pitch: int) -> None:
+    def store(y_gmem: np.ndarray, bias_gmem: Any, slab: int, first: int, rows: int, tokens: int, y_pitch: int) -> None:
         check_pitch(y_gmem, y_pitch)
         for token, output in outputs_of(cfg):
             row = slab * cfg.outputs + output
-            if token < tokens and row < rows:
+            if first + token < tokens and row < rows:
                 value = total(output % cfg.sets, token, output // cfg.sets)
-                y_gmem[token, row] = value + (np.float32(bias_gmem[row]) if cfg.bias else np.float32(0))
+                y_gmem[first + token, row] = value + (np.float32(bias_gmem[row]) if cfg.bias else np.float32(0))
 
     return {"store": store}
 

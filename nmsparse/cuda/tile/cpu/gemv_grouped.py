@@ -10,10 +10,20 @@ import numpy as np
 
 from .... import reference
 from ... import schedule
-from ...layout import BLOCK
 from . import gemv
 from .crew import KernelError
-from .gemv import LANE, Words, check_pitch, nothing, outputs_of, slab_picks, sum_words, total, weight_words
+from .gemv import (
+    Words,
+    check_pitch,
+    copy_tokens,
+    nothing,
+    outputs_of,
+    slab_picks,
+    sum_words,
+    total,
+    wait_tokens,
+    weight_words,
+)
 from .overlap import overlapping
 from .plan import ends_of
 
@@ -66,29 +76,14 @@ def _expert_words(cfg: Any) -> Words:
 
 
 def _token_words(cfg: Any) -> Words:
-    batch = cfg.batch
+    def sources(rows_gmem: Any, first: int, end: int, x_pitch: int) -> np.ndarray:
+        tokens = np.arange(first, min(first + cfg.tile_t, end))
+        return (rows_gmem[tokens].astype(np.int64) if cfg.gather else tokens) * x_pitch
 
-    def source(rows_gmem: Any, first: int, end: int, x_pitch: int) -> np.ndarray:
-        token = first + LANE // 4
-        exists = token < end
-        if cfg.gather:
-            token = rows_gmem[np.minimum(token, end - 1)].astype(np.int64)
-        return np.where(exists, token * x_pitch, -1)
+    def load_tokens(x_gmem: np.ndarray, sources: np.ndarray, block: int, columns: int) -> None:
+        copy_tokens(cfg, x_gmem.reshape(-1)[sources[:, None] + np.arange(columns)], block)
 
-    def load_tokens(b: Any, x_gmem: np.ndarray, token: np.ndarray, block: int, columns: int) -> None:
-        flat = x_gmem.reshape(-1).view(np.uint16)
-        for i in range(batch):
-            for register in range(8):
-                column = (block + i) * BLOCK + LANE % 4 * 2 + 8 * register
-                inside = (token >= 0) & (column < columns)
-                at = np.where(inside, token + column, 0)
-                b[:, 8 * i + register] = np.where(inside, flat[at] | flat[at + 1].astype(np.uint32) << 16, 0)
-
-    return {
-        "source": source,
-        "load_tokens": load_tokens,
-        "token_registers": lambda: np.full((32, 8 * batch), 0xFFFFFFFF, np.uint32),
-    }
+    return {"sources": sources, "load_tokens": load_tokens, "wait_tokens": wait_tokens}
 
 
 def _store_words(cfg: Any) -> Words:

@@ -78,7 +78,7 @@ def ring_words(cfg: Any) -> Words:
         if role.number == PRODUCER:
             for full, empty in zip(role.cta.ring.full, role.cta.ring.empty, strict=True):
                 full.init(cfg.fillers)
-                empty.init(4 * cfg.warpgroups)
+                empty.init(WARPGROUP * cfg.warpgroups)
         role.meet()
         return role.cta.ring
 
@@ -232,7 +232,7 @@ def consumer_words(cfg: Any) -> Words:
         done = role.released[slot]
         role.require(done == fill, f"releases fill {fill} of slot {slot} (turn {turn}), but has released {done} so far")
         role.released[slot] += 1
-        ring.empty[slot].arrive(str(role), times=4)
+        ring.empty[slot].arrive(str(role), times=WARPGROUP)
 
     return {
         "accumulator": accumulator,

@@ -11,14 +11,14 @@ from numba.cuda import types
 
 from ... import schedule
 from ...layout import BLOCK, BLOCK_BYTES, EMPTY, VALUE_BYTES
-from ...ptx import arithmetic, barrier, memory, mma
+from ...ptx import arithmetic, barrier, copy, matrix, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
 from . import jit, nothing  # and that module's divide for the schedule
 from .grouped import picks_word
 from .numbers import cta_number, lane_number, thread_number, warp_number
 from .store import sequence
 
-u16, u32, u64, i32, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.float32
+u8, u16, u32, u64, i32, f32 = types.uint8, types.uint16, types.uint32, types.uint64, types.int32, types.float32
 
 Words = dict[str, Callable[..., Any]]
 
@@ -85,72 +85,97 @@ def weight_words(cfg: Any) -> Words:
 
 
 def _pick_words(cfg: Any) -> Words:
-    of_slab = picks_word(gated=False)
+    of_slab, divide, TILE_T = picks_word(gated=False), schedule.divide, cfg.tile_t
 
     @jit
-    def slab():
-        return i32(cta_number())
+    def place(tokens):
+        number, token_tiles = i32(cta_number()), i32((tokens + TILE_T - 1) // TILE_T)
+        if token_tiles == 1:
+            return number, i32(0)
+        slab = i32(divide(number, token_tiles))
+        return slab, i32(i32(number - slab * token_tiles) * TILE_T)
 
     @jit
     def picks(picks_gmem, slab, rows, runs):
         return of_slab(picks_gmem, 0, slab, (rows + 1) // 2, runs)
 
-    return {"slab": slab, "picks": picks if cfg.pairs else nothing}
+    return {"place": place, "picks": picks if cfg.pairs else nothing}
 
 
 def _token_words(cfg: Any) -> Words:
-    BATCH, GROUPS = cfg.batch, cfg.tile_t // 8
+    COPIES, places = range(cfg.copies), [(i, group) for i in range(cfg.batch) for group in range(cfg.tile_t // 8)]
 
-    def load_columns(i, group):
-        load = load_row(i, (i * GROUPS + group) * 8)
+    def load_tokens_of(i, group, number):
+        copy, of_lane = token_copy(cfg, i, group), token_of_lane(cfg, number)
 
         @jit
-        def part(b, x_gmem, block, tokens, columns, x_pitch):
-            token = i32(u32(group * 8) + lane_number() // u32(4))
+        def part(x_gmem, first, block, tokens, columns, x_pitch):
+            token = i32(first + i32(u32(group * 8) + of_lane()))
             row = x_gmem + u64(u32(token)) * u64(u32(x_pitch)) * u64(2)
-            load(b, row, token < tokens, i32(block), columns)
+            copy(row, of_lane(), token < tokens, block, columns)
 
         return part
 
     return {
-        "load_tokens": sequence([load_columns(i, group) for i in range(BATCH) for group in range(GROUPS)]),
-        "token_registers": registers(8 * BATCH * GROUPS, "u32"),
+        "load_tokens": sequence([load_tokens_of(i, group, number) for i, group in places for number in COPIES]),
+        "wait_tokens": wait_word(),
     }
 
 
-def load_row(i: int, first: int) -> Callable[..., None]:
-    """This lane's eight pairs of columns of block ``block + i`` of a token whose row begins at ``row``, if it is
-    ``present``, from register ``first`` on; zeros from ``columns`` on.
-    """
-    FIRST = first
-    read = callable_of(memory.load("global", "u32"))
+def token_of_lane(cfg: Any, number: int) -> Callable[..., Any]:
+    """Which of eight tokens this lane copies a part of, in copy ``number`` of ``cfg.copies``."""
+    TOKENS = 8 // cfg.copies  # at a time
 
     @jit
-    def load(b, row, present, block, columns):
-        column = i32(i32(block + i) * BLOCK + i32(lane_number() % u32(4) * u32(2)))
-        left = i32(columns - column) if present else i32(0)
-        at = row + u64(u32(column)) * u64(2)
-        if left > 56:  # all eight, as everywhere but at the end of a row
-            for register in range(8):
-                b[FIRST + register] = read(at + u64(16 * register))
-        else:
-            for register in range(8):
-                value = u32(0)
-                if 8 * register < left:
-                    value = read(at + u64(16 * register))
-                b[FIRST + register] = value
+    def token():
+        return u32(u32(number * TOKENS) + lane_number() // u32(32 // TOKENS))
 
-    return load
+    return token
+
+
+def token_copy(cfg: Any, i: int, group: int) -> Callable[..., None]:
+    """This lane's share of block ``block + i`` of ``token`` among the eight of ``group``, whose row is at ``row`` if it
+    is ``present``: zeros from ``columns`` on. Chunks of 16 bytes are swizzled, for ``ldmatrix``.
+    """
+    WIDTH, LANES, PLACE = cfg.width, 4 * cfg.copies, (i * (cfg.tile_t // 8) + group) * 1024
+    copy_bytes, area = callable_of(copy.cp_async(cfg.width)), _area_word(cfg)
+
+    @jit
+    def part(row, token, present, block, columns):
+        word = u32(lane_number() % u32(LANES))
+        chunk = u32(u32(word * u32(WIDTH)) // u32(16))
+        to = u32(area() + u32(PLACE) + token * u32(128) + (chunk ^ token) * u32(16) + word * u32(WIDTH) % u32(16))
+        column = i32(i32(block + i) * BLOCK + i32(word * u32(WIDTH // 2)))
+        if present:  # what stands for a token beyond the last does not matter: its sums are not stored
+            size = i32(min(max(i32(columns - column), i32(0)), i32(WIDTH // 2)))
+            copy_bytes(to, row + u64(u32(column)) * u64(2), u32(2 * size))
+
+    return part
+
+
+def wait_word() -> Callable[..., None]:
+    """``wait_tokens``."""
+    commit, wait = callable_of(copy.commit), callable_of(copy.wait(0))
+    warp_barrier = callable_of(barrier.warp_barrier)
+
+    @jit
+    def wait_tokens():
+        commit()
+        wait()
+        warp_barrier()
+
+    return wait_tokens
 
 
 def sum_words(cfg: Any) -> Words:
     """Products of a warp and their sums: of Samoyeds those of a block, of the even and of the odd rows."""
     BATCH, GROUPS, PAIRS, SETS, TILE_T = cfg.batch, cfg.tile_t // 8, cfg.pairs, cfg.sets, cfg.tile_t
+    read_tokens, warp_barrier = callable_of(matrix.ldmatrix(4)), callable_of(barrier.warp_barrier)
     SUMS = 4 * GROUPS  # of a set
     FIRST = SUMS if PAIRS else 0  # of those that are outputs
     add = arithmetic.add_to_one_of_two(2)
     block_barrier, put = callable_of(barrier.block_barrier), callable_of(memory.store("shared", "f32"))
-    base = _sums_word()
+    area = _area_word(cfg)
 
     @jit
     def zero(acc):
@@ -158,30 +183,41 @@ def sum_words(cfg: Any) -> Words:
             acc[i] = f32(0)
 
     def step_of(i, group):
-        A, B, R = 8 * i, (i * GROUPS + group) * 8, 4 * group
+        A, PLACE, R = 8 * i, (i * GROUPS + group) * 1024, 4 * group
         multiply = callable_of(mma.mma_sp(cfg.dtype), first=R)
         lower, upper = (
             callable_of(add, places=[SUMS + c, SUMS + c + 1, 2 * SUMS + c, 2 * SUMS + c + 1]) for c in (R, R + 2)
         )
 
         @jit
-        def part(acc, a, e, b, odd):
+        def part(acc, a, e, odd, at):
             if PAIRS:
                 for j in range(4):
                     acc[R + j] = f32(0)
-            multiply(acc, a[A], a[A + 1], a[A + 2], a[A + 3], b[B], b[B + 1], b[B + 2], b[B + 3], e[2 * i])
-            multiply(acc, a[A + 4], a[A + 5], a[A + 6], a[A + 7], b[B + 4], b[B + 5], b[B + 6], b[B + 7], e[2 * i + 1])
+            b = read_tokens(u32(at + u32(PLACE)))
+            multiply(acc, a[A], a[A + 1], a[A + 2], a[A + 3], b[0], b[1], b[2], b[3], e[2 * i])
+            b = read_tokens(u32(u32(at ^ u32(64)) + u32(PLACE)))
+            multiply(acc, a[A + 4], a[A + 5], a[A + 6], a[A + 7], b[0], b[1], b[2], b[3], e[2 * i + 1])
             if PAIRS:
                 lower(acc, acc[R], acc[R + 1], odd[2 * i])
                 upper(acc, acc[R + 2], acc[R + 3], odd[2 * i + 1])
 
         return part
 
+    multiply_all = sequence([step_of(i, group) for i in range(BATCH) for group in range(GROUPS)])
+
+    @jit
+    def mma_sp(acc, a, e, odd):
+        # Lane 8j + r says where row r of matrix j is: token r, columns 8j and on.
+        token, chunk = u32(lane_number() % u32(8)), u32(lane_number() // u32(8))
+        multiply_all(acc, a, e, odd, u32(area() + token * u32(128) + (chunk ^ token) * u32(16)))
+        warp_barrier()  # the tokens' place is free
+
     @jit
     def share(acc):
-        """D[row, token] of each set of this warp to ``[warp][set][token][row]``."""
+        """D[row, token] of each set of this warp to ``[set][token][row]``, in the place of its tokens."""
         row, token = lane_number() // u32(4), lane_number() % u32(4) * u32(2)
-        mine = u32(base() + warp_number() * u32(SETS * TILE_T * 64) + (token * u32(16) + row) * u32(4))
+        mine = u32(area() + (token * u32(16) + row) * u32(4))
         for half in range(SETS):
             for i in range(SUMS):
                 row, token = i % 4 // 2 * 8, i // 4 * 8 + i % 2
@@ -194,32 +230,34 @@ def sum_words(cfg: Any) -> Words:
     return {
         "accumulator": registers(FIRST + SETS * SUMS),
         "zero": zero,
-        "mma_sp": sequence([step_of(i, group) for i in range(BATCH) for group in range(GROUPS)]),
+        "mma_sp": mma_sp,
         "share": share,
         "barrier": barrier_,
     }
 
 
-def _sums_word() -> Callable[..., Any]:
-    to_shared = callable_of(memory.cvta_shared)
+def _area_word(cfg: Any) -> Callable[..., Any]:
+    """Where this warp's part of shared memory begins: for its tokens, then for its sums."""
+    AREA, to_shared = cfg.area, callable_of(memory.cvta_shared)
 
     @jit
-    def sums():
-        return to_shared(address_of(cuda.shared.array(0, f32)))
+    def area():
+        return u32(to_shared(address_of(cuda.shared.array(0, u8, alignment=128))) + warp_number() * u32(AREA))
 
-    return sums
+    return area
 
 
 def total_word(cfg: Any) -> Callable[..., Any]:
     """The sum of all warps, in their order."""
-    WARPS, SETS, TILE_T = cfg.warps, cfg.sets, cfg.tile_t
-    get, base = callable_of(memory.load("shared", "f32")), _sums_word()
+    WARPS, AREA, TILE_T = cfg.warps, cfg.area, cfg.tile_t
+    get, to_shared = callable_of(memory.load("shared", "f32")), callable_of(memory.cvta_shared)
 
     @jit
     def total(half, token, row):
-        found, first = f32(0), u32(base() + ((half * u32(TILE_T) + token) * u32(16) + row) * u32(4))
+        base = to_shared(address_of(cuda.shared.array(0, u8, alignment=128)))
+        found, first = f32(0), u32(base + ((half * u32(TILE_T) + token) * u32(16) + row) * u32(4))
         for i in range(WARPS):
-            found += get(u32(first + u32(i * SETS * TILE_T * 64)))
+            found += get(u32(first + u32(i * AREA)))
         return found
 
     return total
@@ -232,16 +270,17 @@ def _store_words(cfg: Any) -> Words:
     get_bias, write = callable_of(memory.load("global", "u16")), callable_of(memory.store("global", "u16"))
 
     @jit
-    def store(y_gmem, bias_gmem, slab, rows, tokens, y_pitch):
+    def store(y_gmem, bias_gmem, slab, first, rows, tokens, y_pitch):
         for i in range(-(-OUTPUTS * TILE_T // THREADS)):
             index = u32(thread_number() + u32(i * THREADS))
             token, output = u32(index // u32(OUTPUTS)), u32(index % u32(OUTPUTS))
             row = u32(u32(slab) * u32(OUTPUTS) + output)
-            if token < TILE_T and i32(token) < tokens and i32(row) < rows:
+            position = u32(u32(first) + token)
+            if token < TILE_T and i32(position) < tokens and i32(row) < rows:
                 value = total(u32(output % u32(SETS)), token, u32(output // u32(SETS)))
                 if BIAS:
                     value += unpack(u32(get_bias(bias_gmem + u64(row) * u64(2))))
-                at = u64(token) * u64(u32(y_pitch)) + u64(row)
+                at = u64(position) * u64(u32(y_pitch)) + u64(row)
                 write(y_gmem + at * u64(2), u16(pack(value, f32(0)) & u32(0xFFFF)))
 
     return {"store": store}

@@ -9,14 +9,14 @@ from numba.cuda import types
 
 from ...layout import BLOCK_BYTES
 from ...ptx import memory
-from ...ptx.numba_glue import callable_of, registers
+from ...ptx.numba_glue import callable_of
 from . import jit, nothing
 from .activation import ACTIVATIONS
-from .gemv import Words, load_row, sum_words, total_word, weight_words
+from .gemv import Words, sum_words, token_copy, token_of_lane, total_word, wait_word, weight_words
 from .grouped import picks_word, plan_words
-from .numbers import cta_number, lane_number, thread_number
+from .numbers import cta_number, thread_number
 from .overlap import overlap_words
-from .store import sequence
+from .store import collect, sequence
 
 u16, u32, u64, i32, i64, f32 = types.uint16, types.uint32, types.uint64, types.int32, types.int64, types.float32
 
@@ -52,32 +52,37 @@ def _expert_words(cfg: Any) -> Words:
 
 
 def _token_words(cfg: Any) -> Words:
-    BATCH, GATHER = cfg.batch, cfg.gather
+    GATHER = cfg.gather
     read_row = callable_of(memory.load("global", "u32"))
 
-    @jit
-    def source(rows_gmem, first, end, x_pitch):
-        """Offset in X of this lane's token, 2 bytes a unit; -1 if it has none."""
-        token = i32(first + i32(lane_number() // u32(4)))
-        if token >= end:
-            return i64(-1)
-        if GATHER:
-            token = i32(read_row(rows_gmem + u64(token) * u64(4)))
-        return i64(token) * i64(x_pitch)
-
-    def load_columns(i):
-        load = load_row(i, 8 * i)
+    def source_of(number):
+        of_lane = token_of_lane(cfg, number)
 
         @jit
-        def part(b, x_gmem, token, block, columns):
-            load(b, x_gmem + u64(token) * u64(2), token >= 0, i32(block), columns)
+        def part(rows_gmem, first, end, x_pitch):
+            token = i32(first + i32(of_lane()))
+            if token >= end:
+                return (i64(-1),)
+            if GATHER:
+                token = i32(read_row(rows_gmem + u64(token) * u64(4)))
+            return (i64(token) * i64(x_pitch),)
+
+        return part
+
+    def load_tokens_of(i, number):
+        copy, of_lane = token_copy(cfg, i, 0), token_of_lane(cfg, number)
+
+        @jit
+        def part(x_gmem, sources, block, columns):
+            source = sources[number]
+            copy(x_gmem + u64(source) * u64(2), of_lane(), source >= 0, block, columns)
 
         return part
 
     return {
-        "source": source,
-        "load_tokens": sequence([load_columns(i) for i in range(BATCH)]),
-        "token_registers": registers(8 * BATCH, "u32"),
+        "sources": collect([source_of(number) for number in range(cfg.copies)]),
+        "load_tokens": sequence([load_tokens_of(i, number) for i in range(cfg.batch) for number in range(cfg.copies)]),
+        "wait_tokens": wait_word(),
     }
 
 
