@@ -147,7 +147,7 @@ def ring_words(cfg: Any) -> dict[str, Callable[..., Any]]:
 
     @jit
     def release(ring, turn):
-        # Every thread, for it has read its own metadata; one lane for its warp, after a warp barrier, is 1 % slower.
+        # Every thread arrives, for it has read its own metadata: what race checkers follow (benchmarks/LOG.md).
         arrive(ring + BARRIERS + 8 * (STAGES + u32(turn) % u32(STAGES)))
 
     @jit
