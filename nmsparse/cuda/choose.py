@@ -33,17 +33,17 @@ class Device:
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
     feed: float = 92.3e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 39e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 66.2e9  # and with that of two, which holds more
-    memory_gemv: float = 4.75e12  # the same as `memory`, of the kernel for few tokens, besides its other costs
-    token_feed: float = 49.2e9  # bytes/s of tokens into one SM, by its threads
-    start: float = 2.07e-6  # launch of the kernel for few tokens, and its end
-    launch: float = 2.03e-6  # launch of a pipelined kernel, until its ring is filled
+    stream: float = 39.1e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 67.8e9  # and with that of two, which holds more
+    memory_gemv: float = 4.62e12  # the same as `memory`, of the kernel for few tokens, besides its other costs
+    token_feed: float = 43.8e9  # bytes/s of tokens into one SM, by its threads
+    start: float = 1.82e-6  # launch of the kernel for few tokens, and its end
+    launch: float = 2.09e-6  # launch of a pipelined kernel, until its ring is filled
     exchange: float = 1.4e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.0316e-6  # for each part of a tile
-    exchange_feed: float = 59.6e9  # bytes/s of the partial sums of a CTA
-    meet: float = 0.963e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
-    cluster_feed: float = 22e9  # bytes/s of sums from the other CTAs of a cluster
+    exchange_part: float = 0.327e-6  # for each part of a tile
+    exchange_feed: float = 68.1e9  # bytes/s of the partial sums of a CTA
+    meet: float = 0.936e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
+    cluster_feed: float = 23.2e9  # bytes/s of sums from the other CTAs of a cluster
 
     @property
     def hopper(self) -> bool:
@@ -76,16 +76,18 @@ class Device:
 
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
-SAMOYEDS = ((96, 2440e12), (64, 1222e12))
-STEP = 0.0258e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
-END = 0.153e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
-COPIED = 1.07  # how much more the copy engine gets from the memory than loads do
-ROUND = 0.531e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-OVERLAP = 0.227  # of what takes less time than memory, tokens or trips, whichever takes most
-WAVE = 1.18e-6  # seconds between CTAs that follow each other on an SM
-UNEVEN = 0.511  # of the time for the bytes, by how much more the busiest SM has than the mean
-EPILOGUE = 1.26e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.308  # how much faster few SMs are than all of them, which draw more power
+SAMOYEDS = ((96, 2530e12), (64, 1222e12))
+STEP = 0.0226e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
+END = 0.182e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
+COPIED = 1.03  # how much more the copy engine gets from the memory than loads do
+ROUND = 0.282e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+ISSUE = 0.0459e-6  # seconds more for each block that a warp asks for in a trip
+OVERLAP = 0.289  # of what takes less time than memory, tokens or trips, whichever takes most
+ADD = 0.0229e-6  # seconds for the sums of a warp
+WAVE = 1.03e-6  # seconds between CTAs that follow each other on an SM
+UNEVEN = 0.348  # of the time for the bytes, by how much more the busiest SM has than the mean
+EPILOGUE = 1.5e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.329  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 FEW = 64  # tokens up to which the kernel without a pipeline was measured; with more it loses
@@ -229,9 +231,9 @@ def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     waves, busiest = -(-ctas // (device.sms * config.ctas)), -(-ctas // device.sms)
     moving = problem.nbytes / device.memory_gemv
     brought = busiest * 2 * min(problem.tokens, config.tile_t) * problem.columns / device.token_feed
-    trips = ROUND * waves * -(-problem.k_blocks // (config.warps * config.batch))
+    trips = (ROUND + ISSUE * config.batch) * waves * -(-problem.k_blocks // (config.warps * config.batch))
     most = max(moving, brought, trips)
-    late = WAVE * (waves - 1)
+    late = WAVE * (waves - 1) + ADD * config.warps
     if ctas > device.sms:  # some SMs have one CTA more than others
         late += UNEVEN * (busiest * device.sms / ctas - 1) * moving
     seconds = device.start + most + OVERLAP * (moving + brought + trips - most) + late

@@ -109,11 +109,10 @@ def test_the_choice_can_be_printed(monkeypatch, capsys):
     choose.choose.cache_clear()
 
 
-@pytest.mark.parametrize("results", ["h200-gemm.json", "h200-gemm-clusters.json"])
-def test_the_model_is_close_to_the_measured_times(results):
+def test_the_model_is_close_to_the_measured_times():
     """Of the plans that were measured, whichever would be chosen now."""
     error = []
-    for row in json.loads((RESULTS / results).read_text())["results"]["gemm"]:
+    for row in json.loads((RESULTS / "h200-gemm.json").read_text())["results"]["gemm"]:
         if row["what"] == "case":
             run = int(row["pattern"].split(":")[3]) if row["pattern"].startswith("samoyeds") else 0
             dtype = {"float16": "f16", "bfloat16": "bf16"}[row["dtype"]]
