@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import ml_dtypes
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken
+from vocabulary import explained, words_of
 
 import nmsparse
 from nmsparse.cuda.config import SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS, GemvConfig
@@ -119,6 +121,14 @@ def test_a_planted_mistake_is_found(mistake):
     run(SMALL, **case)
     with pytest.raises((AssertionError, Deadlock, twin.KernelError)):
         run_with_four_seeds(SMALL, **case, make=make)
+
+
+def test_the_page_explains_every_word():
+    """Those that the text says, with the arguments that the twin takes."""
+    page, twins = explained("gemv"), vars(twin.make(SMALL))
+    assert words_of(inspect.getsource(gemv)) == {*page, "BLOCKS_A_ROUND"}
+    for word, arguments in page.items():
+        assert arguments == [*inspect.signature(twins[word]).parameters], word
 
 
 def test_the_two_vocabularies_are_the_same():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import ml_dtypes
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_texts import assert_same_words, mistaken, opcodes_of
 from machine_code import assert_overlaps, disassembled
+from vocabulary import explained, words_of
 
 import nmsparse
 from nmsparse import reference
@@ -187,6 +189,16 @@ def test_a_planted_mistake_is_found(mistake):
 
 
 # --- two vocabularies, and what the compiler makes of them -----------------------------------------------------------
+
+
+def test_the_page_explains_every_word():
+    """Those that the text says, with the arguments that the twin takes."""
+    page, twins = explained("gemv") | explained("gemv_grouped"), vars(twin.make(replace(SMALL, pairs=True)))
+    others, said = explained("grouped"), words_of(inspect.getsource(gemv_grouped)) - {"BLOCKS_A_ROUND"}
+    assert set(explained("gemv_grouped")) <= said <= {*page, *others}
+    for word in said:
+        arguments = others[word] if word == "place" else page.get(word, others.get(word))
+        assert arguments == [*inspect.signature(twins[word]).parameters], word
 
 
 @pytest.mark.parametrize("pairs", [False, True], ids=["2:4", "samoyeds"])

@@ -1,8 +1,8 @@
 """The vocabulary that kernels are written in, twice: on the GPU with Numba CUDA, and on NumPy, word for word.
 
 The same kernel text compiles for the GPU and runs on its CPU twin. This page is the vocabulary of the kernels on
-``wgmma`` (``gpu``; the twin is ``cpu``, which checks every rule below); the other families explain theirs where it is
-defined.
+``wgmma`` and of those for few tokens (``gpu``; the twin is ``cpu``, which checks every rule below); the other families
+explain theirs where it is defined.
 
 Memory space is in the names: what ends in ``_gmem`` lies in global memory, ``ring`` in shared memory, ``acc`` in
 registers. ``turn`` counts the steps of k that a CTA has gone through; with S stages a step uses ``slot = turn % S`` for
@@ -155,4 +155,65 @@ begins; tiles count from there. With ``gather``, the token of a position s is ``
 ``store(acc, ring, y_gmem, row, first, end, outputs, pitch)`` : consumer
     ``y[first + t, M + m] = act(acc)[m, t]``, rounded, where M is the consumer's first output, and act of gated weights
     the product of ``act`` of a gate row and its up row; only before ``end`` and ``outputs``.
+
+Few tokens: :mod:`nmsparse.cuda.kernels.gemv`
+=============================================
+
+Each *warp* says these words; its 32 lanes hold the operands of ``mma.sp`` together (:mod:`nmsparse.formats.fragments`).
+A CTA has a *slab* of 16 packed rows and TT tokens. Its warps take turns at ``batch`` blocks of 64 columns each, in
+rounds of ``BLOCKS_A_ROUND = warps·batch``.
+
+``place(tokens)`` : warp
+    ``slab, first``: the CTA's packed rows begin at ``16·slab``, its tokens at ``first``.
+``first_block()`` : warp
+    ``batch`` times the number of the warp.
+``accumulator()`` : warp
+    ``acc``, sums of 16 packed rows by TT tokens, of Samoyeds of both rows of a pair; undefined.
+``weight_registers()`` : warp
+    ``a``, values of ``batch`` blocks, undefined.
+``meta_registers()`` : warp
+    ``e``, their metadata, undefined.
+``pick_registers()`` : warp
+    ``odd``, their picks, undefined.
+``zero(acc)`` : warp
+    ``acc = 0``.
+``picks(picks_gmem, slab, rows, runs)`` : warp
+    Which rows of ``picks_gmem`` ``(sub-rows, runs)`` are those of the slab; beyond the last, the last.
+``load_weights(a, e, w_gmem, slab, block, k_blocks)`` : warp
+    ``w = w_gmem[16·slab :, 64·block :][:16, : 64·batch]``, as values ``a`` and metadata ``e``; zeros from ``k_blocks``
+    on.
+``load_picks(odd, picks, block, run_blocks, runs)`` : warp
+    ``odd[r, i] = picks[r, (block + i) // run_blocks]``, of the last run beyond it. Nothing where nothing is picked.
+``load_tokens(x_gmem, first, block, tokens, columns, x_pitch)`` : warp
+    Begins to copy ``x[first :, 64·block :][:TT, : 64·batch]`` into the warp's shared memory, zeros from ``columns`` on,
+    undefined from ``tokens`` on; ``x[t, k]`` is ``x_gmem[t·x_pitch + k]``.
+``wait_tokens()`` : warp
+    Until the copies have landed.
+``mma_sp(acc, a, e, odd)`` : warp
+    ``acc += w · xᵀ``; of Samoyeds to the even or to the odd row of the pair, as ``odd`` says for each block.
+``share(acc)`` : warp
+    Puts ``acc`` into shared memory, in the place of the tokens.
+``barrier()`` : warp
+    Until all warps of the CTA are here.
+``store(y_gmem, bias_gmem, slab, first, rows, tokens, y_pitch)`` : warp
+    ``y[first + t, m] = Σ acc[m, t] + bias[m]`` over the warps in their order, rounded; only inside ``tokens × rows``.
+
+Few tokens of all experts: :mod:`nmsparse.cuda.kernels.gemv_grouped`
+====================================================================
+
+The words above, those about launches and the plan from the section on all experts, where a tile of rows is a slab, and:
+
+``number()`` : warp
+    Of the CTA.
+``weights_of(w_gmem, expert, row_blocks, k_blocks)`` : warp
+    ``w_gmem[expert]``, in which ``load_weights`` finds the slab.
+``picks(picks_gmem, expert, slab, rows, runs)`` : warp
+    As above, in ``picks_gmem`` ``(experts, rows, runs)``.
+``sources(rows_gmem, first, end, x_pitch)`` : warp
+    Where the rows of X begin that the positions from ``first`` on have, TT at most and none from ``end`` on.
+``load_tokens(x_gmem, sources, block, columns)`` : warp
+    As above, of these rows.
+``store(y_gmem, slab, first, end, outputs, y_pitch)`` : warp
+    ``y[first + t, m] = act(Σ acc)[m, t]`` over the warps in their order, rounded, where act of gated weights is the
+    product of ``act`` of a gate row and its up row; only before ``end`` and ``outputs``.
 """

@@ -27,7 +27,7 @@ def make(cfg: Any) -> ModuleType:
     """The words for ``cfg``, a :class:`~nmsparse.cuda.config.GemvConfig`."""
     tile = ModuleType("tile")
     tile.BLOCKS_A_ROUND = cfg.warps * cfg.batch
-    for words in (weight_words(cfg), _pick_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)):
+    for words in (weight_words(cfg), _place_words(cfg), _token_words(cfg), sum_words(cfg), _store_words(cfg)):
         for word, function in words.items():
             setattr(tile, word, function)
     return tile
@@ -84,7 +84,7 @@ def weight_words(cfg: Any) -> Words:
     }
 
 
-def _pick_words(cfg: Any) -> Words:
+def _place_words(cfg: Any) -> Words:
     of_slab, divide, TILE_T = picks_word(gated=False), schedule.divide, cfg.tile_t
 
     @jit
