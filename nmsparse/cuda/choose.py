@@ -2,8 +2,9 @@
 
 The model knows four things about a device: how fast its tensor cores multiply tiles that lie in shared memory, how
 fast one SM can be fed, how fast the memory is, and what a launch and an exchange of partial sums cost. A product takes
-the launch, then the longer of the busiest SM's steps and the memory's bytes; they overlap but for a twentieth.
-``NMSPARSE_PRINT_CONFIG=1`` prints each choice once.
+the launch, then the longer of the busiest SM's steps and the memory's bytes; they overlap but for a twentieth. Without
+a pipeline (:func:`gemv_plan`) trips to the memory count too, and less overlaps. ``NMSPARSE_PRINT_CONFIG=1`` prints each
+choice once.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ class Device:
     feed: float = 92.3e9  # bytes/s into the shared memory of one SM, from L2
     stream: float = 39.1e9  # the same, from memory, with the ring of one consumer
     stream_2: float = 67.8e9  # and with that of two, which holds more
-    memory_gemv: float = 4.62e12  # the same as `memory`, of the kernel for few tokens, besides its other costs
     token_feed: float = 43.8e9  # bytes/s of tokens into one SM, by its threads
     start: float = 1.82e-6  # launch of the kernel for few tokens, and its end
     launch: float = 2.09e-6  # launch of a pipelined kernel, until its ring is filled
@@ -79,7 +79,8 @@ WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((96, 2530e12), (64, 1222e12))
 STEP = 0.0226e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
 END = 0.182e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
-COPIED = 1.03  # how much more the copy engine gets from the memory than loads do
+COPIED = 1.03  # of `memory`, what pipelined kernels get
+LOADED = 1.1  # and what the kernel for few tokens gets, besides its other costs
 ROUND = 0.282e-6  # seconds of a trip to memory with all blocks that a CTA has under way
 ISSUE = 0.0459e-6  # seconds more for each block that a warp asks for in a trip
 OVERLAP = 0.289  # of what takes less time than memory, tokens or trips, whichever takes most
@@ -90,7 +91,7 @@ EPILOGUE = 1.5e-6  # seconds after a tile of Samoyeds with 128 tokens in which n
 POWER = 0.329  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
-FEW = 64  # tokens up to which the kernel without a pipeline was measured; with more it loses
+FEW = 64  # tokens up to which the kernel without a pipeline was measured
 CLUSTERED = 256  # tokens up to which clusters share tiles: (2048, 1024, 1408) took a third more
 ACTIVE_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}  # cuOccupancyMaxActiveClusters, one CTA an SM
 
@@ -224,12 +225,17 @@ def _plan(
     return Plan(config, workers, split, parts, seconds)
 
 
+def gemv_tiles(config: GemvConfig, problem: Problem) -> int:
+    """How many CTAs the kernel for few tokens has."""
+    return -(-problem.packed_rows // 16) * -(-problem.tokens // config.tile_t)
+
+
 def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     """A CTA for each 16 packed rows and each tile of tokens, of which every CTA reads all columns, from L2; what has no
-    place on the SMs at once comes in a second wave."""
-    ctas = -(-problem.packed_rows // 16) * -(-problem.tokens // config.tile_t)
+    place on the SMs at once comes in a second wave. Fitted to copies of 16 bytes; those of 4 were not timed."""
+    ctas = gemv_tiles(config, problem)
     waves, busiest = -(-ctas // (device.sms * config.ctas)), -(-ctas // device.sms)
-    moving = problem.nbytes / device.memory_gemv
+    moving = problem.nbytes / (LOADED * device.memory)
     brought = busiest * 2 * min(problem.tokens, config.tile_t) * problem.columns / device.token_feed
     trips = (ROUND + ISSUE * config.batch) * waves * -(-problem.k_blocks // (config.warps * config.batch))
     most = max(moving, brought, trips)

@@ -106,7 +106,7 @@ class GroupedConfig(GemmConfig):
 
 @dataclass(frozen=True)
 class GroupedGemvConfig(GemvConfig):
-    """Shape of the grouped kernel for a handful of tokens: 16 packed rows by 8 tokens for ``warps`` that share k."""
+    """Shape of the grouped kernel for few tokens: 16 packed rows by 8 tokens for ``warps`` that share k."""
 
     gather: bool = False
     gated: bool = False

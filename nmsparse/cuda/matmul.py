@@ -15,7 +15,7 @@ from ..formats import SparseArray
 from ..formats.nm import is_24
 from . import array, driver, launch
 from .array import DeviceArray
-from .choose import Plan, Problem, choose, grid
+from .choose import Plan, Problem, choose, gemv_tiles, grid
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .driver import Recording, Varying
@@ -124,6 +124,21 @@ def check_clusters(plan: Plan, problem: Problem) -> None:
         )
 
 
+def check_tiles(plan: Plan, problem: Problem) -> None:
+    """Raise unless a plan of the kernel for few tokens has a CTA for each of its tiles."""
+    tiles = gemv_tiles(plan.config, problem)
+    if plan.workers != tiles:
+        raise NMSparseError(f"matmul: expected a plan of {tiles} CTAs for {problem.tokens} tokens, got {plan.workers}")
+
+
+def check_alignment(config: Any, bits: int) -> None:
+    """Raise unless the kernel can read rows of x whose address and distance in bytes, or-ed, are ``bits``."""
+    vector = 16 if getattr(config, "vector", True) else 2
+    width = getattr(config, "width", vector)
+    if bits % width:
+        raise NMSparseError(f"matmul: {config.name} reads rows at multiples of {width} bytes, got {bits & -bits}")
+
+
 class GemmLaunch(Launch):
     """The ``wgmma.sp`` kernel; its tokens come through a tensor map, which is of an address."""
 
@@ -163,6 +178,7 @@ class GemvLaunch(Launch):
     """The kernel for few tokens."""
 
     def __init__(self, weight: Operand, plan: Plan, tokens: int):
+        check_tiles(plan, Problem(weight.rows, tokens, weight.columns, run=weight.run))
         super().__init__(weight, plan, tokens)
         self.head = weight.blocks.pointer, weight.indices.pointer if weight.run else 0
         self.runs = weight.runs(BLOCK)
@@ -220,12 +236,13 @@ def matmul(x: Any, weight: SparseArray, *, out: Any = None, bias: Any = None, co
     if config is None and bias is None and usual and not pointer & 15:
         usual(kind.stream(x), pointer, pitch, to, 0)
         return out
+    bits = pointer | 2 * pitch
     if config is None:
-        # What the copy engine needs of an address and a pitch, 16 bytes; what 32-bit loads need, 4.
-        odd = pointer | 2 * pitch
-        alignment = 16 if not odd & 15 else 4 if not odd & 3 and not weight.columns & 1 else 2
+        # What the copy engine needs of an address and a pitch, 16 bytes; what copies of two columns need, 4.
+        alignment = 16 if not bits & 15 else 4 if not bits & 3 and not weight.columns & 1 else 2
         ready = _launch(weight, tokens, bias is not None, alignment)
     else:
+        check_alignment(config.config, bits)
         ready = LAUNCHES[type(config.config)](weight, config, tokens)
     ready(kind.stream(x), pointer, pitch, to, 0 if bias is None else _bias(bias, weight))
     return out

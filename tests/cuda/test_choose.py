@@ -15,6 +15,7 @@ from nmsparse import NMSparseError
 from nmsparse.cuda import choose, matmul
 from nmsparse.cuda.choose import H200, Problem, candidates
 from nmsparse.cuda.config import SHIPPED, SHIPPED_GEMV, GemmConfig, GemvConfig
+from nmsparse.cuda.config_mma import MmaConfig
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -89,6 +90,35 @@ def test_a_plan_in_clusters_has_one_for_each_tile():
     for workers, rows, columns in ((7, 4 * few.tile_m, 256), (8, 5 * few.tile_m, 256), (8, 4 * few.tile_m, 128)):
         with pytest.raises(NMSparseError, match="expected 2 CTAs for each"):
             matmul.check_clusters(choose.Plan(few, workers, 0, 2, 0.0), Problem(rows, few.tile_t, columns))
+
+
+def test_a_plan_of_the_kernel_for_few_tokens_has_a_cta_for_each_tile():
+    config = GemvConfig()
+    assert choose.gemv_tiles(config, Problem(100, 20, 64)) == 7 * 3
+    matmul.check_tiles(choose.Plan(config, 21, 0, 1, 0.0), Problem(100, 20, 64))
+    with pytest.raises(NMSparseError, match="expected a plan of 21 CTAs for 20 tokens, got 7"):
+        matmul.check_tiles(choose.Plan(config, 7, 0, 1, 0.0), Problem(100, 20, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "width"), [(GemmConfig(), 16), (GemvConfig(), 16), (GemvConfig(width=4), 4), (MmaConfig(), 16)], ids=str
+)
+def test_a_kernel_says_where_rows_have_to_be(config, width):
+    matmul.check_alignment(config, 64 * width)
+    with pytest.raises(NMSparseError, match=f"at multiples of {width} bytes, got {width // 2}"):
+        matmul.check_alignment(config, 64 * width + width // 2)
+
+
+def test_single_elements_may_be_anywhere():
+    matmul.check_alignment(MmaConfig(vector=False), 2)
+
+
+@given(st.integers(1, 30000), st.integers(1, 64), st.integers(1, 30000), st.floats(2e11, 4e12), st.booleans())
+def test_no_plan_is_faster_than_its_memory(rows, tokens, columns, memory, samoyeds):
+    device = replace(H200, memory=memory)
+    problem = Problem(rows, tokens, columns, run=128 if samoyeds else 0)
+    for plan in choose.plans(problem, device):
+        assert plan.seconds > problem.nbytes / (1.15 * memory)
 
 
 def test_few_tokens_do_not_take_the_large_tile():

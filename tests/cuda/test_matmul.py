@@ -95,9 +95,9 @@ def test_gpu_rows_at_any_distance(torch):
 
 
 @pytest.mark.parametrize("run", [0, 64])
-@pytest.mark.parametrize("columns", [1096, 1098])
-def test_gpu_few_tokens_at_multiples_of_four_bytes(torch, columns, run):
-    """Whose rows are copied by fours."""
+@pytest.mark.parametrize("columns", [1096, 1098, 1102])
+def test_gpu_few_tokens_anywhere(torch, columns, run):
+    """Rows at multiples of 16 bytes and of 4, whose last piece may be a part of one."""
     from nmsparse.cuda import matmul
     from nmsparse.cuda.choose import H200, Problem, gemv_plan
     from nmsparse.cuda.config import SHIPPED_GEMV, SHIPPED_GEMV_SAMOYEDS
@@ -105,11 +105,12 @@ def test_gpu_few_tokens_at_multiples_of_four_bytes(torch, columns, run):
     pattern = f"samoyeds:1:2:{run}" if run else "2:4"
     for tokens in (1, 5, 20):
         weight, dense, _ = operands(torch, 1000, tokens, columns, torch.float16, pattern)
-        x = torch.randn(tokens, columns + 10, device="cuda", dtype=torch.float16)[:, 2 : 2 + columns]
-        exact = x.double() @ dense.double().t()
-        for config in SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV:
-            plan = gemv_plan(replace(config, width=4), Problem(1000, tokens, columns, run=run), H200)
-            assert error(matmul.matmul(x, weight, config=plan), exact) < 1e-3, plan
+        wide = torch.randn(tokens, 1112, device="cuda", dtype=torch.float16)
+        for width, x in ((16, wide[:, :columns]), (4, wide[:, 2 : 2 + columns])):
+            exact = x.double() @ dense.double().t()
+            for config in SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV:
+                plan = gemv_plan(replace(config, width=width), Problem(1000, tokens, columns, run=run), H200)
+                assert error(matmul.matmul(x, weight, config=plan), exact) < 1e-3, plan
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "samoyeds:1:2:128"])

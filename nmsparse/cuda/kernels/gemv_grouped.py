@@ -1,4 +1,4 @@
-"""The grouped product with a handful of tokens: each expert that has any is read once, for all of them."""
+"""The grouped product with few tokens: each expert that has any is read once, for all of them."""
 
 from __future__ import annotations
 

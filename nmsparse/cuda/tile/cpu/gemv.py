@@ -132,6 +132,7 @@ def copy_tokens(cfg: Any, rows: np.ndarray, block: int) -> None:
     padded[:, : rows.shape[1]] = rows.view(np.uint16)[:, : padded.shape[1]]
     found, place = padded[:, block * BLOCK :].reshape(-1, cfg.batch, BLOCK), cta.tokens[warp]
     place[:] = NOBODY
+    cta.shared[warp] = np.nan  # has no place of its own
     cta.copies[warp].append(lambda: np.copyto(place[:, : len(rows)], found.swapaxes(0, 1)))
 
 
@@ -142,10 +143,15 @@ def wait_tokens() -> None:
         copies.pop(0)()
 
 
+def check_landed(word: str) -> None:
+    """Raise if copies of the running warp are under way."""
+    if _here.cta.copies[_here.warp]:
+        raise KernelError(f"{word} needs the place of tokens that are still on their way; say wait_tokens()")
+
+
 def tokens_of(i: int, group: int) -> np.ndarray:
     """Registers ``(32, 8)`` of B for the eight tokens of ``group``, from block ``i`` of the running warp's memory."""
-    if _here.cta.copies[_here.warp]:
-        raise KernelError("mma_sp reads tokens that are still on their way; say wait_tokens()")
+    check_landed("mma_sp")
     pairs = _here.cta.tokens[_here.warp, i, 8 * group : 8 * group + 8].view(np.uint32)  # of columns
     return pairs[LANE[:, None] // 4, LANE[:, None] % 4 + 4 * np.arange(8)]
 
@@ -173,6 +179,8 @@ def sum_words(cfg: Any) -> Words:
                     to_odd[is_odd] += acc[:, mine][is_odd]
 
     def share(acc: Any) -> None:
+        check_landed("share")
+        _here.cta.tokens[_here.warp] = NOBODY  # the sums come in their place
         for half in range(cfg.sets):
             for register in range(sums):
                 row, token = fragments.mma_sp_d(LANE, register % 4)

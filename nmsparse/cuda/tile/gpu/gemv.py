@@ -103,21 +103,23 @@ def _place_words(cfg: Any) -> Words:
 
 
 def _token_words(cfg: Any) -> Words:
-    COPIES, places = range(cfg.copies), [(i, group) for i in range(cfg.batch) for group in range(cfg.tile_t // 8)]
+    places = [(i, group) for i in range(cfg.batch) for group in range(cfg.tile_t // 8)]
 
     def load_tokens_of(i, group, number):
-        copy, of_lane = token_copy(cfg, i, group), token_of_lane(cfg, number)
+        copy_part, of_lane = token_copy(cfg, i, group), token_of_lane(cfg, number)
 
         @jit
         def part(x_gmem, first, block, tokens, columns, x_pitch):
             token = i32(first + i32(u32(group * 8) + of_lane()))
             row = x_gmem + u64(u32(token)) * u64(u32(x_pitch)) * u64(2)
-            copy(row, of_lane(), token < tokens, block, columns)
+            copy_part(row, of_lane(), token < tokens, block, columns)
 
         return part
 
     return {
-        "load_tokens": sequence([load_tokens_of(i, group, number) for i, group in places for number in COPIES]),
+        "load_tokens": sequence(
+            [load_tokens_of(i, group, number) for i, group in places for number in range(cfg.copies)]
+        ),
         "wait_tokens": wait_word(),
     }
 

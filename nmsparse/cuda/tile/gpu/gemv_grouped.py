@@ -70,12 +70,12 @@ def _token_words(cfg: Any) -> Words:
         return part
 
     def load_tokens_of(i, number):
-        copy, of_lane = token_copy(cfg, i, 0), token_of_lane(cfg, number)
+        copy_part, of_lane = token_copy(cfg, i, 0), token_of_lane(cfg, number)
 
         @jit
         def part(x_gmem, sources, block, columns):
             source = sources[number]
-            copy(x_gmem + u64(source) * u64(2), of_lane(), source >= 0, block, columns)
+            copy_part(x_gmem + u64(source) * u64(2), of_lane(), source >= 0, block, columns)
 
         return part
 
