@@ -33,17 +33,17 @@ class Device:
     sms: int
     memory: float  # bytes/s of the whole GPU
     arch: str = "sm_90a"
-    feed: float = 92.3e9  # bytes/s into the shared memory of one SM, from L2
-    stream: float = 39.1e9  # the same, from memory, with the ring of one consumer
-    stream_2: float = 67.8e9  # and with that of two, which holds more
-    token_feed: float = 43.8e9  # bytes/s of tokens into one SM, by its threads
+    feed: float = 92.4e9  # bytes/s into the shared memory of one SM, from L2
+    stream: float = 39e9  # the same, from memory, with the ring of one consumer
+    stream_2: float = 67.7e9  # and with that of two, which holds more
+    token_feed: float = 43.9e9  # bytes/s of tokens into one SM, by its threads
     start: float = 1.82e-6  # launch of the kernel for few tokens, and its end
-    launch: float = 2.09e-6  # launch of a pipelined kernel, until its ring is filled
+    launch: float = 2.1e-6  # launch of a pipelined kernel, until its ring is filled
     exchange: float = 1.4e-6  # of partial sums between CTAs, besides the bytes
-    exchange_part: float = 0.327e-6  # for each part of a tile
-    exchange_feed: float = 68.1e9  # bytes/s of the partial sums of a CTA
-    meet: float = 0.936e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
-    cluster_feed: float = 23.2e9  # bytes/s of sums from the other CTAs of a cluster
+    exchange_part: float = 0.344e-6  # for each part of a tile
+    exchange_feed: float = 68.8e9  # bytes/s of the partial sums of a CTA
+    meet: float = 0.917e-6  # until the CTAs of a cluster have met and have their sums, besides the bytes
+    cluster_feed: float = 23.1e9  # bytes/s of sums from the other CTAs of a cluster
 
     @property
     def hopper(self) -> bool:
@@ -77,18 +77,18 @@ class Device:
 # FLOP/s of an H200's 132 SMs; benchmarks/LOG.md
 WGMMA = ((256, 1362e12), (192, 1304e12), (128, 1250e12), (64, 1090e12))
 SAMOYEDS = ((96, 2530e12), (64, 1222e12))
-STEP = 0.0226e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
-END = 0.182e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
+STEP = 0.0225e-6  # seconds of a step of Samoyeds besides the bytes that it brings, for which wgmma does not wait
+END = 0.181e-6  # seconds of the additions at the end of a run, where products take longer than bytes: 128 tokens
 COPIED = 1.03  # of `memory`, what pipelined kernels get
 LOADED = 1.1  # and what the kernel for few tokens gets, besides its other costs
-ROUND = 0.282e-6  # seconds of a trip to memory with all blocks that a CTA has under way
-ISSUE = 0.0459e-6  # seconds more for each block that a warp asks for in a trip
-OVERLAP = 0.289  # of what takes less time than memory, tokens or trips, whichever takes most
-ADD = 0.0229e-6  # seconds for the sums of a warp
-WAVE = 1.03e-6  # seconds between CTAs that follow each other on an SM
-UNEVEN = 0.348  # of the time for the bytes, by how much more the busiest SM has than the mean
-EPILOGUE = 1.5e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
-POWER = 0.329  # how much faster few SMs are than all of them, which draw more power
+ROUND = 0.276e-6  # seconds of a trip to memory with all blocks that a CTA has under way
+ISSUE = 0.0477e-6  # seconds more for each block that a warp asks for in a trip
+OVERLAP = 0.284  # of what takes less time than memory, tokens or trips, whichever takes most
+ADD = 0.0236e-6  # seconds for the sums of a warp
+WAVE = 1.05e-6  # seconds between CTAs that follow each other on an SM
+UNEVEN = 0.354  # of the time for the bytes, by how much more the busiest SM has than the mean
+EPILOGUE = 1.52e-6  # seconds after a tile of Samoyeds with 128 tokens in which nothing is multiplied
+POWER = 0.332  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
 FEW = 64  # tokens up to which the kernel without a pipeline was measured
