@@ -263,7 +263,8 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
     if problem.alignment >= 4 and not problem.gather and problem.tokens <= FEW:
         width = 16 if problem.alignment >= 16 else 4
         for config in SHIPPED_GEMV_SAMOYEDS if problem.run else SHIPPED_GEMV:
-            yield gemv_plan(replace(config, **kind, width=width), problem, device)
+            if not (config := replace(config, **kind, width=width)).problems():
+                yield gemv_plan(config, problem, device)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -274,9 +274,9 @@ class GemvConfig:
     @property
     def ctas(self) -> int:
         """CTAs that share an SM: registers hold 32 warps with one block of eight tokens under way, 24 with two, 16 with
-        four or eight, unless many small copies of tokens need an address each.
+        four or eight.
         """
-        warps = {1: 32, 2: 24, 4: 16, 8: 16 if self.width == 16 else 8}.get(self.batch * self.tile_t // 8, 8)
+        warps = {1: 32, 2: 24, 4: 16, 8: 16}.get(self.batch * self.tile_t // 8, 8)
         return max(1, warps // self.warps)
 
     def problems(self) -> list[str]:
@@ -290,6 +290,8 @@ class GemvConfig:
             found.append(f"batch={self.batch}: 1, 2 or 4 blocks fit in the registers")
         if self.width not in (4, 16):
             found.append(f"width={self.width}: cp.async copies 16 bytes, or 4 where rows lie at multiples of 4")
+        if self.width == 4 and self.tile_t > 8:
+            found.append(f"width=4, tile_t={self.tile_t}: copies of 4 bytes take the registers of more than 8 tokens")
         if self.shared_bytes > SHARED_MEMORY:
             found.append(f"shared memory: {self.shared_bytes} bytes, a block has {SHARED_MEMORY}")
         return found

@@ -154,7 +154,7 @@ def test_the_two_vocabularies_are_the_same():
     [
         *SHIPPED_GEMV,
         *(replace(cfg, dtype="bf16", bias=True) for cfg in SHIPPED_GEMV_SAMOYEDS),
-        *(replace(cfg, width=4) for cfg in (*SHIPPED_GEMV, *SHIPPED_GEMV_SAMOYEDS)),
+        *(replace(cfg, width=4) for cfg in (*SHIPPED_GEMV, *SHIPPED_GEMV_SAMOYEDS) if cfg.tile_t == 8),
     ],
     ids=str,
 )
@@ -171,3 +171,4 @@ def test_it_compiles_without_spills(cfg):
 def test_a_config_says_what_is_wrong():
     assert len(GemvConfig(tile_t=7, warps=17, batch=3, width=8).problems()) == 4
     assert GemvConfig(tile_t=16, warps=16).problems() == []
+    assert GemvConfig(tile_t=16, width=4).problems()[0].startswith("width=4, tile_t=16")

@@ -108,8 +108,9 @@ def test_gpu_few_tokens_anywhere(torch, columns, run):
         wide = torch.randn(tokens, 1112, device="cuda", dtype=torch.float16)
         for width, x in ((16, wide[:, :columns]), (4, wide[:, 2 : 2 + columns])):
             exact = x.double() @ dense.double().t()
-            for config in SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV:
-                plan = gemv_plan(replace(config, width=width), Problem(1000, tokens, columns, run=run), H200)
+            shipped = [replace(config, width=width) for config in (SHIPPED_GEMV_SAMOYEDS if run else SHIPPED_GEMV)]
+            for config in (c for c in shipped if not c.problems()):
+                plan = gemv_plan(config, Problem(1000, tokens, columns, run=run), H200)
                 assert error(matmul.matmul(x, weight, config=plan), exact) < 1e-3, plan
 
 
