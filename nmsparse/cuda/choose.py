@@ -91,7 +91,7 @@ EPILOGUE = 1.52e-6  # seconds after a tile of Samoyeds with 128 tokens in which 
 POWER = 0.332  # how much faster few SMs are than all of them, which draw more power
 MMA_LARGE, MMA, MMA_ELEMENTS = 575e12, 395e12, 165e12
 MOST_PARTS = 8
-FEW = 64  # tokens up to which the kernel without a pipeline was measured
+FEW = {16: 64, 4: 16}  # tokens up to which the kernel without a pipeline is taken, by the bytes of its copies
 CLUSTERED = 256  # tokens up to which clusters share tiles: (2048, 1024, 1408) took a third more
 ACTIVE_CLUSTERS = {2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}  # cuOccupancyMaxActiveClusters, one CTA an SM
 
@@ -260,8 +260,8 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
             config = replace(config, **kind, vector=vector, gather=problem.gather)
             if not config.problems(device.arch) and problem.run % config.tile_k == 0:
                 yield from candidates(config, problem, device)
-    if problem.alignment >= 4 and not problem.gather and problem.tokens <= FEW:
-        width = 16 if problem.alignment >= 16 else 4
+    width = 16 if problem.alignment >= 16 else 4 if problem.alignment >= 4 else 0
+    if not problem.gather and problem.tokens <= FEW.get(width, 0):
         for config in SHIPPED_GEMV_SAMOYEDS if problem.run else SHIPPED_GEMV:
             if not (config := replace(config, **kind, width=width)).problems():
                 yield gemv_plan(config, problem, device)

@@ -52,7 +52,7 @@ def test_every_problem_has_a_plan(rows, tokens, columns):
     assert plan.seconds > 0
     assert plan.describe()
     if isinstance(plan.config, GemvConfig):
-        assert tokens <= choose.FEW
+        assert tokens <= choose.FEW[16]
         assert plan.workers == -(-rows // plan.config.outputs) * -(-tokens // plan.config.tile_t)
     else:
         tiles, steps = choose.grid(plan.config, Problem(rows, tokens, columns))
