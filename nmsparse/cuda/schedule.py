@@ -19,6 +19,7 @@ Plain functions of non-negative integers: Numba compiles them for the GPU (:mod:
 from __future__ import annotations
 
 __all__ = [
+    "banded",
     "cluster_of",
     "divide",
     "first_warp",
@@ -136,6 +137,15 @@ def place(tile, row_tiles, token_tiles, group):
     """
     if token_tiles == 1:  # few tokens again
         return tile, 0
+    return banded(tile, row_tiles, token_tiles, group)
+
+
+def banded(tile, row_tiles, token_tiles, group):
+    """:func:`place` by its rule alone, for kernels whose registers a shortcut would spill.
+
+    >>> [banded(t, 3, 2, 2) for t in range(6)] == [place(t, 3, 2, 2) for t in range(6)]
+    True
+    """
     band = divide(tile, group * token_tiles)
     inside = tile - band * group * token_tiles
     height = min(group, row_tiles - band * group)

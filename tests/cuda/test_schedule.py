@@ -91,7 +91,12 @@ def test_a_part_counts_runs_as_the_whole_does(first, run_steps, steps):
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12))
 def test_places_are_all_tiles(row_tiles, token_tiles, group):
-    places = {schedule.place(tile, row_tiles, token_tiles, group) for tile in range(row_tiles * token_tiles)}
+    tiles = range(row_tiles * token_tiles)
+    places = {schedule.place(tile, row_tiles, token_tiles, group) for tile in tiles}
+    assert all(
+        schedule.banded(t, row_tiles, token_tiles, group) == schedule.place(t, row_tiles, token_tiles, group)
+        for t in tiles
+    )
     assert places == {(row, token) for row in range(row_tiles) for token in range(token_tiles)}
 
 

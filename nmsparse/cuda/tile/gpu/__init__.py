@@ -32,6 +32,7 @@ for function in (
     schedule.part_of,
     schedule.owner_of,
     schedule.first_warp,
+    schedule.banded,
     schedule.place,
     schedule.run_of,
     schedule.nth,

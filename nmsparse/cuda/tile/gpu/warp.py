@@ -40,7 +40,7 @@ def make(cfg: Any) -> ModuleType:
 
 def _place_words(cfg: Any) -> Words:
     TILE_M, TILE_T, STEP, GROUP = cfg.tile_m, cfg.tile_t, cfg.tile_k // BLOCK, cfg.group
-    pieces_of, piece_of, place_of, run_at = schedule.pieces, schedule.piece, schedule.place, schedule.run_of
+    pieces_of, piece_of, place_of, run_at = schedule.pieces, schedule.piece, schedule.banded, schedule.run_of
     to_shared, worker = callable_of(memory.cvta_shared), callable_of(memory.read_again("ctaid.x"))
 
     @jit
