@@ -167,10 +167,14 @@ class Plan:
         return f"{shape} in clusters of {self.cluster}" if self.cluster > 1 else shape
 
 
+def tiles_of(config: GemmConfig | GemvConfig | MmaConfig, problem: Problem) -> int:
+    """How many tiles a product has."""
+    return -(-problem.rows // config.tile_m) * -(-problem.tokens // config.tile_t)
+
+
 def grid(config: GemmConfig | MmaConfig, problem: Problem) -> tuple[int, int]:
     """Tiles, and steps of k of each."""
-    tiles = -(-problem.rows // config.tile_m) * -(-problem.tokens // config.tile_t)
-    return tiles, problem.k_blocks * BLOCK // config.tile_k
+    return tiles_of(config, problem), problem.k_blocks * BLOCK // config.tile_k
 
 
 def candidates(config: GemmConfig | MmaConfig, problem: Problem, device: Device) -> Iterator[Plan]:
@@ -225,15 +229,10 @@ def _plan(
     return Plan(config, workers, split, parts, seconds)
 
 
-def gemv_tiles(config: GemvConfig, problem: Problem) -> int:
-    """How many CTAs the kernel for few tokens has."""
-    return -(-problem.packed_rows // 16) * -(-problem.tokens // config.tile_t)
-
-
 def gemv_plan(config: GemvConfig, problem: Problem, device: Device) -> Plan:
     """A CTA for each 16 packed rows and each tile of tokens, of which every CTA reads all columns, from L2; what has no
     place on the SMs at once comes in a second wave. Fitted to copies of 16 bytes; those of 4 were not timed."""
-    ctas = gemv_tiles(config, problem)
+    ctas = tiles_of(config, problem)
     waves, busiest = -(-ctas // (device.sms * config.ctas)), -(-ctas // device.sms)
     moving = problem.nbytes / (LOADED * device.memory)
     brought = busiest * 2 * min(problem.tokens, config.tile_t) * problem.columns / device.token_feed
@@ -260,10 +259,9 @@ def plans(problem: Problem, device: Device) -> Iterator[Plan]:
             config = replace(config, **kind, vector=vector, gather=problem.gather)
             if not config.problems(device.arch) and problem.run % config.tile_k == 0:
                 yield from candidates(config, problem, device)
-    width = 16 if problem.alignment >= 16 else 4 if problem.alignment >= 4 else 0
-    if not problem.gather and problem.tokens <= FEW.get(width, 0):
+    if not problem.gather and problem.tokens <= FEW.get(problem.alignment, 0):
         for config in SHIPPED_GEMV_SAMOYEDS if problem.run else SHIPPED_GEMV:
-            if not (config := replace(config, **kind, width=width)).problems():
+            if not (config := replace(config, **kind, width=problem.alignment)).problems():
                 yield gemv_plan(config, problem, device)
 
 

@@ -61,6 +61,11 @@ class GemmConfig(PairRows):
         return self.height * self.warpgroups * self.blocks
 
     @property
+    def width(self) -> int:
+        """Bytes that rows of tokens lie at multiples of: what the copy engine asks for."""
+        return 16
+
+    @property
     def run_sums(self) -> int:
         """Accumulators of a thread that ``wgmma`` adds to."""
         return self.blocks * self.tile_t // 2
@@ -250,6 +255,11 @@ class GemvConfig:
     def outputs(self) -> int:
         """Outputs of a CTA for a token."""
         return 16 * self.sets
+
+    @property
+    def tile_m(self) -> int:
+        """Output rows of a tile."""
+        return self.outputs
 
     @property
     def threads(self) -> int:

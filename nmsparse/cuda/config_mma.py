@@ -49,6 +49,11 @@ class MmaConfig(PairRows):
     pairs: bool = False  # Samoyeds 1:2
 
     @property
+    def width(self) -> int:
+        """Bytes that rows of tokens lie at multiples of."""
+        return 16 if self.vector else 2
+
+    @property
     def signature(self) -> str:
         """Letters of the arguments: weights, tokens, indices of V:N:M or Samoyeds, output, bias, partial sums, flags;
         rows, tokens, columns, blocks along k, pitches of tokens and output in elements, split tiles and their parts; of

@@ -15,7 +15,7 @@ from ..formats import SparseArray
 from ..formats.nm import is_24
 from . import array, driver, launch
 from .array import DeviceArray
-from .choose import Plan, Problem, choose, gemv_tiles, grid
+from .choose import Plan, Problem, choose, grid, tiles_of
 from .config import GemmConfig, GemvConfig
 from .config_mma import MmaConfig
 from .driver import Recording, Varying
@@ -126,17 +126,17 @@ def check_clusters(plan: Plan, problem: Problem) -> None:
 
 def check_tiles(plan: Plan, problem: Problem) -> None:
     """Raise unless a plan of the kernel for few tokens has a CTA for each of its tiles."""
-    tiles = gemv_tiles(plan.config, problem)
+    tiles = tiles_of(plan.config, problem)
     if plan.workers != tiles:
         raise NMSparseError(f"matmul: expected a plan of {tiles} CTAs for {problem.tokens} tokens, got {plan.workers}")
 
 
 def check_alignment(config: Any, bits: int) -> None:
     """Raise unless the kernel can read rows of x whose address and distance in bytes, or-ed, are ``bits``."""
-    vector = 16 if getattr(config, "vector", True) else 2
-    width = getattr(config, "width", vector)
-    if bits % width:
-        raise NMSparseError(f"matmul: {config.name} reads rows at multiples of {width} bytes, got {bits & -bits}")
+    if bits % config.width:
+        raise NMSparseError(
+            f"matmul: {config.name} reads rows at multiples of {config.width} bytes, got {bits & -bits}"
+        )
 
 
 class GemmLaunch(Launch):

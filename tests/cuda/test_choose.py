@@ -94,7 +94,7 @@ def test_a_plan_in_clusters_has_one_for_each_tile():
 
 def test_a_plan_of_the_kernel_for_few_tokens_has_a_cta_for_each_tile():
     config = GemvConfig()
-    assert choose.gemv_tiles(config, Problem(100, 20, 64)) == 7 * 3
+    assert choose.tiles_of(config, Problem(100, 20, 64)) == 7 * 3
     matmul.check_tiles(choose.Plan(config, 21, 0, 1, 0.0), Problem(100, 20, 64))
     with pytest.raises(NMSparseError, match="expected a plan of 21 CTAs for 20 tokens, got 7"):
         matmul.check_tiles(choose.Plan(config, 7, 0, 1, 0.0), Problem(100, 20, 64))

@@ -73,17 +73,37 @@ def write_line(at, a, b, c, d, row, rows):
         _write_pair(at + u64(12), d, row + 6, rows)
 
 
-def make_add(quads: int, get: Callable[..., Any], pitch: int, address: Any) -> Callable[..., None]:
-    """``acc[4i : 4i + 4] += get(at + i·pitch)`` for ``quads`` quads, at addresses of type ``address``."""
+def make_put(quads: int, put: Callable[..., None], pitch: int, first: int = 0) -> Callable[..., None]:
+    """``put(at + i·pitch, acc[4i : 4i + 4])`` for ``quads`` quads of the sums from ``first`` on."""
+
+    def put_quad(i):
+        A, B, C, D = range(first + 4 * i, first + 4 * i + 4)
+
+        @jit
+        def part(acc, at):
+            put(at + u64(i * pitch), acc[A], acc[B], acc[C], acc[D])
+
+        return part
+
+    return sequence([put_quad(i) for i in range(quads)])
+
+
+def make_add(
+    quads: int, get: Callable[..., Any], pitch: int, address: Any = u64, first: int = 0
+) -> Callable[..., None]:
+    """``acc[4i : 4i + 4] += get(at + i·pitch)`` for ``quads`` quads of the sums from ``first`` on, at addresses of type
+    ``address``."""
 
     def add_quad(i):
+        A, B, C, D = range(first + 4 * i, first + 4 * i + 4)
+
         @jit
         def part(acc, at):
             a, b, c, d = get(address(at + address(i * pitch)))
-            acc[4 * i] += a
-            acc[4 * i + 1] += b
-            acc[4 * i + 2] += c
-            acc[4 * i + 3] += d
+            acc[A] += a
+            acc[B] += b
+            acc[C] += c
+            acc[D] += d
 
         return part
 
@@ -96,14 +116,7 @@ def partial_words(cfg: Any) -> dict[str, Callable[..., Any]]:
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
 
-    def put_quad(i):
-        @jit
-        def part(acc, at):
-            put(at + u64(i * 2048), acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3])
-
-        return part
-
-    put_all, add_all = sequence([put_quad(i) for i in range(QUADS)]), make_add(QUADS, get, 2048, u64)
+    put_all, add_all = make_put(QUADS, put, 2048), make_add(QUADS, get, 2048)
 
     # The number of the thread is read anew: nothing that hangs on it takes registers during the products.
     @jit

@@ -14,7 +14,7 @@ from ...layout import BLOCK, BLOCK_BYTES
 from ...ptx import barrier, copy, matrix, memory, mma
 from ...ptx.numba_glue import address_of, callable_of, registers
 from . import jit  # and that module's divide for the schedule
-from .store import collect, make_bias, sequence, write_line
+from .store import collect, make_add, make_bias, make_put, sequence, write_line
 from .warp_samoyeds import run_words, stage_pairs
 
 __all__ = ["make"]
@@ -300,29 +300,7 @@ def _partial_words(cfg: Any) -> Words:
     put, get = callable_of(memory.store("global", "f32", 4)), callable_of(memory.load("global", "f32", 4))
     acquire, release = callable_of(memory.load_acquire), callable_of(memory.store_release)
 
-    def put_quad(i):
-        A, B, C, D = range(FIRST + 4 * i, FIRST + 4 * i + 4)
-
-        @jit
-        def part(acc, at):
-            put(at + u64(i * 16 * THREADS), acc[A], acc[B], acc[C], acc[D])
-
-        return part
-
-    def add_quad(i):
-        A, B, C, D = range(FIRST + 4 * i, FIRST + 4 * i + 4)
-
-        @jit
-        def part(acc, at):
-            a, b, c, d = get(at + u64(i * 16 * THREADS))
-            acc[A] += a
-            acc[B] += b
-            acc[C] += c
-            acc[D] += d
-
-        return part
-
-    put_all, add_all = sequence([put_quad(i) for i in range(QUADS)]), sequence([add_quad(i) for i in range(QUADS)])
+    put_all, add_all = make_put(QUADS, put, 16 * THREADS, FIRST), make_add(QUADS, get, 16 * THREADS, first=FIRST)
 
     @jit
     def address(partial_gmem, worker):
